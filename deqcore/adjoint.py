@@ -1,0 +1,86 @@
+"""Implicit differentiation: the one autograd function, whose backward solves u = J^T u + cotangent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import GradientModeError
+from .problem import Linearization, LinearProblem, Problem
+from .solution import Solution
+
+__all__ = ["attach"]
+
+SolveAdjoint = Callable[[LinearProblem], Solution]
+
+
+def attach(problem: Problem, solution: Solution, solve: SolveAdjoint) -> Tensor:
+    """The state in `solution` as an implicit function of whatever f depends on.
+
+    One evaluation of f with its graph, at the state: its derivative in f's inputs is used as it is, and the one in z
+    for the products J^T u of the adjoint solve. The value is the state itself, unmoved.
+
+    Args:
+        problem: f on packed states.
+        solution: holds the packed state under ``"z"``; told about the backward solve by :meth:`Solution.report`.
+        solve: solves u = J^T u + b for the problem it is given.
+
+    Returns:
+        the state, shape (batch, features), differentiable once.
+    """
+    z: Tensor = solution["z"]
+    if not torch.is_grad_enabled():
+        return z
+    linearized = problem.linearize(z)
+    if not linearized.fz.requires_grad:
+        return z
+    return _Equilibrium.apply(linearized.fz, linearized, solution, solve)
+
+
+class _Equilibrium(torch.autograd.Function):
+    """Forward: z. Backward: cotangent -> (I - J^T)^-1 cotangent, handed on to f's own graph."""
+
+    @staticmethod
+    def forward(ctx: Any, fz: Tensor, linearized: Linearization, solution: Solution, solve: SolveAdjoint) -> Tensor:
+        ctx.parts = (linearized, solution, solve)
+        return linearized.z.detach().clone()  # a caller may change it in place; f's graph needs z as it is
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        linearized, solution, solve = ctx.parts
+        with torch.no_grad():
+            adjoint = _solve(cotangents[0].detach(), linearized, solution, solve)
+        if torch.is_grad_enabled():  # create_graph=True: a second derivative may follow
+            adjoint = _FirstOrderOnly.apply(adjoint, linearized.z)
+        return adjoint, None, None, None
+
+
+def _solve(cotangent: Tensor, linearized: Linearization, solution: Solution, solve: SolveAdjoint) -> Tensor:
+    """u = J^T u + cotangent, scaled so that neither tolerance nor range depend on the loss's scale."""
+    sizes = torch.linalg.vector_norm(cotangent, dim=1)
+    peak = sizes.max()
+    if not bool(torch.isfinite(peak)) or not bool(peak > 0):
+        return cotangent  # nothing to solve for; an overflow is handed on, as a gradient scaler expects
+    z = linearized.z
+    adjoint = LinearProblem(linearized.vjp, linearized.jvp, cotangent / peak, linearized.problem.eps(z))
+    found = solve(adjoint)
+    solution.report(found)
+    return found["z"] * peak
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """Lets a value through and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        raise GradientModeError(
+            "this gradient backend gives first derivatives only, and a second one was asked for (create_graph=True and "
+            "another backward). Use gradient='phantom', whose graph can be differentiated again, or unroll f."
+        )

@@ -1,0 +1,351 @@
+"""The DEQ module, and the factory that makes one from any configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .config import DEQConfig
+from .errors import FunctionTypeError, StateError, StateTypeError
+from .interfaces import Core, GradientBackend, Regularizer, Solver, Stretch
+from .iterate import Callback, Run, iterate
+from .legacy import FLAT
+from .problem import Problem
+from .registry import registry
+from .scope import SolveScope
+from .settings import SolverSettings
+from .solution import Solution
+from .spectrum import spectral_radius
+from .state import StateSpec
+from .validation import validate
+
+__all__ = ["DEQ", "get_deq", "reset_deq"]
+
+#: Frames between a warning in `forward` and the line that called the module.
+CALLER = 6
+
+
+class DEQ(nn.Module):
+    """A solver, a gradient backend and a core that together turn f into its equilibrium.
+
+    It has no parameters of its own. Made by :func:`get_deq`.
+
+    Args:
+        config: the configuration; the names in it are resolved here.
+    """
+
+    def __init__(self, config: DEQConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._resolve()
+
+    def _resolve(self) -> None:
+        config = self.config
+        self.solver: Solver[Any] = registry.create("solvers", config.solver)
+        self.core: Core[Any] = registry.create("cores", config.core)
+        last: GradientBackend[Any] = registry.create("gradients", config.gradient)
+        self.gradients = [*self._before(last), last]
+        self.regularizers: list[Regularizer[Any]] = [registry.create("regularizers", r) for r in config.regularizers]
+        self._solvers: dict[str, Solver[Any]] = {}
+
+    def _before(self, last: GradientBackend[Any]) -> list[GradientBackend[Any]]:
+        """Backends of the states before the last one."""
+        count = len(self.core.plan(self.config.solver.max_iter)) - 1
+        chosen = [registry.create("gradients", choice) for choice in self.config.core.intermediate]
+        if not chosen:
+            chosen = [registry.create("gradients", "phantom") if count and last.needs_equilibrium else last]
+        return chosen * count if len(chosen) == 1 else chosen
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Only the configuration travels in a pickle; names are resolved again where it arrives."""
+        built = ("solver", "core", "gradients", "regularizers", "_solvers")
+        return {key: value for key, value in self.__dict__.items() if key not in built}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._resolve()
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return f"solver={config.solver.name}, gradient={config.gradient.name}, core={config.core.name}"
+
+    # ---- the call
+
+    def forward(
+        self,
+        fn: Callable[..., Any],
+        z0: Any,
+        args: Any = (),
+        solver_kwargs: Mapping[str, Any] | None = None,
+        sradius_mode: bool = False,
+        backward_writer: Callable[[Solution], Any] | None = None,
+        *,
+        warm_start: Solution | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> tuple[list[Any], Solution]:
+        """Find z = fn(z, *args) from `z0`.
+
+        Args:
+            fn: the map; called as ``fn(z, *args)`` for a tensor, ``fn(a, b, *args)`` for a tuple or list of states, and
+                ``fn(state, *args)`` for any other pytree. Must return what it takes. Gradients flow to `args` and to
+                whatever fn closes over.
+            z0: the start, shape (B, ...) with the default ``batch_dims=1``; floating point or complex.
+            args: further arguments of fn. (A mapping here is taken for `solver_kwargs`, as in TorchDEQ.)
+            solver_kwargs: settings of the solver for this call: ``f_max_iter`` (0 hands z0 on), ``tol``, any of its own.
+            sradius_mode: in eval mode, estimate the spectral radius of df/dz at the result.
+            backward_writer: called with the Solution of every backward solve.
+            warm_start: an earlier call's info, to start from its state (and solver state, with ``keep_state=True``).
+            callback: called as callback(step, z, residual) at every judged step, on packed states.
+            progress: show a progress bar of the steps.
+
+        Returns:
+            (z_out, info). z_out is a list of the sampled states, in training as many as the core says, in eval one: the
+            equilibrium. Each is a tensor, a list (for a tuple or list of states), or a pytree like z0. See
+            :class:`deqcore.Solution` for info.
+
+        Raises:
+            StateError, StateTypeError: z0 can't be packed, or holds NaN or inf.
+            FunctionError, FunctionTypeError: fn breaks the rules of a fixed-point map.
+            ConvergenceError: ``on_failure="raise"`` and some sample missed its tolerance.
+            UnknownKeyError, ConfigError: `solver_kwargs` has a wrong key or value.
+        """
+        if isinstance(args, Mapping):  # TorchDEQ's order: fn, z0, solver_kwargs, sradius_mode, backward_writer
+            writer = sradius_mode if callable(sradius_mode) else backward_writer
+            args, solver_kwargs, sradius_mode, backward_writer = (), args, bool(solver_kwargs), writer
+        if not callable(fn):
+            raise FunctionTypeError(f"f must be callable, got {type(fn).__name__}: deq(fn, z0).")
+        solver = self._solver_for(solver_kwargs)
+        with SolveScope():
+            problem, z, warm_state = self._pose(fn, z0, args, warm_start, type(solver))
+            if progress:
+                callback = _with_progress(solver.settings.max_iter, callback)
+            call = _Call(self, solver, problem, backward_writer, callback, warm_state)
+            states, info = call.train(z) if self.training else call.evaluate(z, sradius_mode)
+            self._regularize(problem, states, info)
+            spec = cast(StateSpec, problem.spec)
+            z_out = [spec.output(state) for state in states]
+        info["nfe"] = problem.nfe
+        info["sample_nfe"] = torch.full_like(info["status"], problem.nfe)
+        info["nvjp"], info["njvp"] = problem.nvjp, problem.njvp
+        return z_out, info
+
+    def _solver_for(self, options: Mapping[str, Any] | None) -> Solver[Any]:
+        """The solver with this call's options and this mode's step limit; made once for each set of options."""
+        given = dict(options or {})
+        key = json.dumps([self.training, given], sort_keys=True, default=repr)
+        if key not in self._solvers:
+            for flat in ("f_max_iter", "f_tol", "f_stop_mode"):
+                if flat in given:
+                    given[FLAT[flat].path[1]] = given.pop(flat)
+            settings = self.config.solver
+            base = settings.model_dump(exclude_unset=True)
+            if given.keys() & {"rtol", "atol"}:
+                base = {k: v for k, v in base.items() if k not in ("tol", "stop_mode")}
+            elif given.keys() & {"tol", "stop_mode"}:
+                base = {k: v for k, v in base.items() if k not in ("rtol", "atol")}
+            limit = {} if self.training else {"max_iter": self._eval_steps()}
+            known = {settings.aliases.get(name, name) for name in given}
+            merged = {**{k: v for k, v in {**base, **limit}.items() if k not in known}, **given}
+            if len(self._solvers) > 64:  # options that change with every call
+                self._solvers.clear()
+            self._solvers[key] = type(self.solver)(validate(type(settings), merged, "solver_kwargs"))
+        return self._solvers[key]
+
+    def _eval_steps(self) -> int:
+        config = self.config
+        return config.eval_max_iter or int(config.solver.max_iter * config.eval_factor)
+
+    def _pose(
+        self, fn: Callable[..., Any], z0: Any, args: Any, warm_start: Solution | None, solver: type
+    ) -> tuple[Problem, Tensor, Any]:
+        """The problem, its packed start, and the solver state to resume from."""
+        if not isinstance(args, tuple | list):
+            raise FunctionTypeError(f"args must be a tuple of fn's further arguments, got {type(args).__name__}: args=(x,).")
+        spec = StateSpec(z0, self.config.batch_dims)
+        problem = Problem.of(fn, spec, tuple(args))  # pyright: ignore[reportUnknownArgumentType]
+        if warm_start is None:
+            z = spec.pack(z0).detach()
+            if not bool(torch.isfinite(z).all()):
+                rows = int((~torch.isfinite(z)).any(1).sum())
+                raise StateError(f"z0 holds NaN or inf in {rows} of {spec.batch} samples; a solve can't start there.")
+            return problem, z, None
+        if not isinstance(warm_start, Solution):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise StateTypeError(f"warm_start takes the info of an earlier call, got {type(warm_start).__name__}.")
+        if warm_start.spec is None or not spec.same_as(warm_start.spec):
+            raise StateError(f"warm_start is for another state: {warm_start.spec}; this call's is {spec}.")
+        made_by, state = warm_start.solver_state or (None, None)
+        return problem, warm_start["z"].to(spec.device), state if made_by is solver else None
+
+    def _regularize(self, problem: Problem, states: list[Tensor], info: Solution) -> None:
+        if not self.regularizers:
+            return
+        total = states[-1].new_zeros(())
+        parts: dict[str, Tensor] = {}
+        if self.training and torch.is_grad_enabled():
+            for regularizer in self.regularizers:
+                penalty = regularizer.penalty(problem, states)
+                parts[regularizer.settings.name] = penalty
+                total = total + regularizer.settings.weight * penalty
+        info["regularizers"], info["regularization"] = parts, total
+
+    def apply_norm(self, module: nn.Module, **options: Any) -> nn.Module:
+        """Put the configured weight normalisation (TorchDEQ's default, weight_norm, if none) on `module`'s layers."""
+        from .norm import apply_norm
+
+        settings = self.config.norm
+        return apply_norm(module, settings if settings is not None else "weight_norm", **options)
+
+
+class _Call:
+    """One call of a DEQ: stretches solved, gradients attached."""
+
+    def __init__(
+        self,
+        deq: DEQ,
+        solver: Solver[Any],
+        problem: Problem,
+        writer: Callable[[Solution], Any] | None,
+        callback: Callback | None,
+        warm_state: Any,
+    ) -> None:
+        self.config = deq.config
+        self.core = deq.core
+        self.gradients = deq.gradients
+        self.solver = solver
+        self.problem = problem
+        self.writer = writer
+        self.callback = callback
+        self.warm_state = warm_state
+
+    def solve(self, z: Tensor, steps: int, sample_at: list[int]) -> Run:
+        solver = self.solver
+        settings = cast(SolverSettings, solver.settings)
+        if steps != settings.max_iter:
+            solver = type(solver)(settings.model_copy(update={"max_iter": steps}))
+        config = self.config
+        with torch.no_grad():
+            run = iterate(
+                solver,
+                self.problem,
+                z,
+                sample_at=sample_at,
+                check_every=config.check_every,
+                keep_trace=config.keep_trace,
+                keep_state=config.keep_state,
+                warm_state=self.warm_state,
+                callback=self.callback,
+            )
+        solution = run.solution
+        self.warm_state = None
+        if config.keep_state:
+            solution.solver_state = (type(solver), solution.solver_state)
+        if solution["z"] is z:
+            solution["z"] = z.clone()  # the caller's own z0 is not handed out
+        return run
+
+    def train(self, z: Tensor) -> tuple[list[Tensor], Solution]:
+        """Solve stretch by stretch as the core plans, and attach each one's gradient."""
+        plan = self.core.plan(self.solver.settings.max_iter)
+        states: list[Tensor] = []
+        start = first = 0
+        run = Run(Solution({}), [])
+        while first < len(plan):
+            last = next((k for k in range(first, len(plan)) if plan[k].resume), len(plan) - 1)
+            stretches = plan[first : last + 1]
+            run = self.solve(z, stretches[-1].stop - start, [s.stop - start for s in stretches[:-1]])
+            if last == len(plan) - 1:
+                run.solution.apply_policy(self.config.on_failure, stacklevel=CALLER)
+            states += self._attach_all(stretches, run)
+            z, start, first = states[-1].detach(), stretches[-1].stop, last + 1
+        return states, run.solution
+
+    def _attach_all(self, stretches: list[Stretch], run: Run) -> list[Tensor]:
+        states: list[Tensor] = []
+        for stretch, sample in zip(stretches, [*run.samples, None], strict=True):
+            solution = run.solution if sample is None else Solution({"z": sample}, run.solution.spec)
+            states += self.attach(self.gradients[stretch.gradient], solution)
+        return states
+
+    def attach(self, gradient: GradientBackend[Any], solution: Solution) -> list[Tensor]:
+        writer, on_failure = self.writer, self.config.on_failure
+
+        def on_backward(found: Solution) -> None:
+            if writer is not None:
+                writer(found)
+            found.apply_policy(on_failure, "backward solve")
+
+        solution.on_backward = on_backward
+        found = gradient.attach(self.problem, solution)
+        return [found] if isinstance(found, Tensor) else list(found)
+
+    def evaluate(self, z: Tensor, sradius_mode: bool) -> tuple[list[Tensor], Solution]:
+        """Solve, and give the state its gradient, where autograd is on, without moving it."""
+        solution = self.solve(z, self.solver.settings.max_iter, []).solution
+        solution.apply_policy(self.config.on_failure, stacklevel=CALLER)
+        state: Tensor = solution["z"]
+        if torch.is_grad_enabled():
+            attached = self.attach(self.gradients[-1], solution)[-1]
+            if attached.requires_grad:
+                state = attached + (state - attached.detach()) if not torch.equal(attached, state) else attached
+        sradius = torch.zeros(1, device=state.device)
+        if sradius_mode:
+            sradius = spectral_radius(self.problem, solution["z"])
+        solution["sradius"] = sradius
+        return [state], solution
+
+
+def _with_progress(steps: int, callback: Callback | None) -> Callback:
+    """`callback`, and a progress bar on the terminal that shows the worst residual."""
+    from rich.progress import Progress
+
+    bar = Progress(transient=True)
+    task = bar.add_task("solving", total=steps)
+
+    def show(step: int, z: Tensor, residual: Tensor) -> None:
+        with bar:
+            bar.update(task, completed=step, description=f"residual {residual.max().item():.2e}")
+        if callback is not None:
+            callback(step, z, residual)
+
+    return show
+
+
+def get_deq(args: Any = None, **keywords: Any) -> Any:
+    """Make a DEQ from any configuration.
+
+    Args:
+        args: a solver's name, a path to a TOML, JSON or YAML file, a dict, an argparse.Namespace, a DEQConfig, or any object
+            with attributes; not changed.
+        keywords: settings by nested or TorchDEQ's flat names; these win.
+
+    Returns:
+        a :class:`DEQ` (or what the factory returns that :func:`deqcore.register_deq` was given for this core).
+
+    Raises:
+        ConfigError and its kin, UnknownPluginError, BrokenPluginError: see :meth:`DEQConfig.load`.
+
+    Example:
+        >>> deq = get_deq(solver={"name": "anderson", "memory": 8}, gradient="implicit")
+        >>> z_out, info = deq(lambda z: 0.5 * z + 1, torch.zeros(4, 3))
+        >>> bool(info.converged.all())
+        True
+    """
+    config = DEQConfig.load(args, **keywords)
+    factory = getattr(registry.get("cores", config.core.name), "factory", None)
+    if factory is not None:
+        return factory(args if not keywords else config)
+    return DEQ(config)
+
+
+def reset_deq(model: nn.Module) -> None:
+    """Reset what is fixed from solve to solve in `model`: norms and dropout masks. Solves do it by themselves."""
+    from .dropout import reset_dropout
+    from .norm import reset_norm
+
+    reset_norm(model)
+    reset_dropout(model)

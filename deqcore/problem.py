@@ -1,0 +1,149 @@
+"""What a solver is given: f on packed states, its products with the Jacobian, and the counts of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .state import StateSpec
+
+__all__ = ["Linearization", "LinearProblem", "Problem"]
+
+
+class Problem:
+    """The fixed-point problem z = f(z) on packed states of shape (batch, features).
+
+    Nothing else crosses to a plugin. Calling the problem evaluates f and counts it.
+
+    Args:
+        call: f on packed tensors; see :meth:`deqcore.state.StateSpec.wrap`.
+        spec: how packed tensors relate to the user's states; None for problems that have no user state of their own.
+        eps: relative spacing of the numbers that `call` computes with, where that is coarser than the tensors' dtype.
+
+    Attributes:
+        nfe: evaluations of f so far.
+        nvjp: products with the transposed Jacobian so far.
+        njvp: products with the Jacobian so far.
+    """
+
+    def __init__(self, call: Callable[[Tensor], Tensor], spec: StateSpec | None = None, eps: float = 0.0) -> None:
+        self._call = call
+        self._eps = eps
+        self.spec = spec
+        self.nfe = 0
+        self.nvjp = 0
+        self.njvp = 0
+
+    @classmethod
+    def of(cls, fn: Callable[..., Any], spec: StateSpec, args: tuple[Any, ...] = ()) -> Problem:
+        """The problem of the user's `fn`, called with the state as the user wrote it."""
+        return cls(spec.wrap(fn, args), spec)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """f(z), shape (batch, features)."""
+        self.nfe += 1
+        return self._call(z)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether f sees a narrower dtype than the packed one somewhere, so that states must be rounded for it."""
+        return self.spec is not None and self.spec.rounds
+
+    def eps(self, z: Tensor) -> float:
+        """Relative spacing of the coarsest numbers that f computes with, autocast included."""
+        eps = max(self._eps, torch.finfo(z.dtype).eps, self.spec.eps if self.spec is not None else 0.0)
+        device = z.device.type
+        if torch.is_autocast_enabled(device):
+            eps = max(eps, torch.finfo(torch.get_autocast_dtype(device)).eps)
+        return eps
+
+    def round(self, z: Tensor) -> Tensor:
+        """`z` as f sees it, rounded where a leaf of the state is narrower than the packed dtype."""
+        return self.spec.round(z) if self.spec is not None else z
+
+    def linearize(self, z: Tensor) -> Linearization:
+        """Evaluate f at `z` once, with its graph, for products with J = df/dz."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            return Linearization(self, z, self(z))
+
+
+class Linearization:
+    """One evaluation of f with its graph, and products with its Jacobian J at that point.
+
+    Attributes:
+        z: the point, a leaf that requires grad.
+        fz: f(z), with its graph (to z and to whatever f closes over).
+    """
+
+    def __init__(self, problem: Problem, z: Tensor, fz: Tensor) -> None:
+        self.problem = problem
+        self.z = z
+        self.fz = fz
+
+    def vjp(self, cotangent: Tensor, create_graph: bool = False) -> Tensor:
+        """J^T @ cotangent, shape (batch, features); zeros where f doesn't depend on z."""
+        self.problem.nvjp += 1
+        if not self.fz.requires_grad:
+            return torch.zeros_like(cotangent)
+        (product,) = torch.autograd.grad(
+            self.fz, self.z, cotangent, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+        return torch.zeros_like(cotangent) if product is None else product
+
+    def jvp(self, tangent: Tensor) -> Tensor:
+        """J @ tangent, shape (batch, features), as the vjp of the vjp: works for any autograd function in f."""
+        self.problem.njvp += 1
+        if not self.fz.requires_grad:
+            return torch.zeros_like(tangent)
+        with torch.enable_grad():
+            dummy = torch.zeros_like(self.fz, requires_grad=True)
+            (pulled,) = torch.autograd.grad(self.fz, self.z, dummy, create_graph=True, allow_unused=True)
+        if pulled is None or not pulled.requires_grad:
+            return torch.zeros_like(tangent)
+        (product,) = torch.autograd.grad(pulled, dummy, tangent, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(tangent) if product is None else product
+
+
+class LinearProblem(Problem):
+    """The linear equation (I - A) u = b, which is also the fixed point u = A u + b.
+
+    Any fixed-point solver can solve it as it stands; a linear solver uses `matvec` and `rmatvec`.
+
+    Args:
+        product: u -> A u on (batch, features) tensors.
+        rproduct: u -> A^T u, or None where it is not available.
+        b: right-hand side, shape (batch, features).
+        eps: relative spacing of the numbers that the products are computed with.
+    """
+
+    def __init__(
+        self,
+        product: Callable[[Tensor], Tensor],
+        rproduct: Callable[[Tensor], Tensor] | None,
+        b: Tensor,
+        eps: float = 0.0,
+    ) -> None:
+        super().__init__(lambda u: product(u) + b, eps=eps)
+        self._product = product
+        self._rproduct = rproduct
+        self.b = b
+
+    def matvec(self, u: Tensor) -> Tensor:
+        """(I - A) u, counted as an evaluation."""
+        self.nfe += 1
+        return u - self._product(u)
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        """(I - A)^T u, counted as an evaluation.
+
+        Raises:
+            NotImplementedError: the transposed product is not available.
+        """
+        if self._rproduct is None:
+            raise NotImplementedError("this linear problem has no transposed product; use a solver that doesn't need one")
+        self.nfe += 1
+        return u - self._rproduct(u)

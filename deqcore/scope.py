@@ -1,0 +1,55 @@
+"""SolveScope: what stays fixed during one solve. Normalised weights and dropout masks are made once in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from contextvars import ContextVar, Token
+from types import TracebackType
+from typing import Any
+
+import torch
+
+__all__ = ["SolveScope", "current_scope", "once"]
+
+_current: ContextVar[SolveScope | None] = ContextVar("deqcore_scope", default=None)
+
+
+class SolveScope:
+    """Says that a solve is on, and keeps what must not change until it is over.
+
+    The kernel can't see modules inside a closure; modules look for the scope instead. Entered inside another one (a DEQ
+    inside a DEQ's f), the outer scope stays in force: what is fixed for the outer solve is fixed for the inner ones. A backward
+    that evaluates f again enters the same scope again.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, Any] = {}
+        self._grad = torch.is_grad_enabled()
+        self._tokens: list[Token[SolveScope | None]] = []
+
+    def __enter__(self) -> SolveScope:
+        self._tokens.append(_current.set(_current.get() or self))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _current.reset(self._tokens.pop())
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returned for `key` the first time; it runs with the grad mode in which the scope was made."""
+        if key not in self._made:
+            with torch.set_grad_enabled(self._grad):
+                self._made[key] = make()
+        return self._made[key]
+
+
+def current_scope() -> SolveScope | None:
+    """The scope of the solve that is on in this thread, or None."""
+    return _current.get()
+
+
+def once(key: Hashable, make: Callable[[], Any]) -> Any:
+    """`make()`, once a solve; every time outside of one."""
+    scope = _current.get()
+    return make() if scope is None else scope.once(key, make)

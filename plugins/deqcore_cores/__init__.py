@@ -1,0 +1,1 @@
+"""deqcore's own cores, one file each."""

@@ -1,0 +1,1 @@
+"""deqcore's own gradient backends, one file each."""

@@ -1,0 +1,1 @@
+"""deqcore's own regularizers, one file each."""

@@ -1,0 +1,1 @@
+"""deqcore's own solvers, one file each."""
