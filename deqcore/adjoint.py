@@ -60,8 +60,7 @@ class _Equilibrium(torch.autograd.Function):
 
 def _solve(cotangent: Tensor, linearized: Linearization, solution: Solution, solve: SolveAdjoint) -> Tensor:
     """u = J^T u + cotangent, scaled so that neither tolerance nor range depend on the loss's scale."""
-    sizes = torch.linalg.vector_norm(cotangent, dim=1)
-    peak = sizes.max()
+    peak = cotangent.abs().amax()  # not a norm, whose squares overflow and underflow long before the cotangent does
     if not bool(torch.isfinite(peak)) or not bool(peak > 0):
         return cotangent  # nothing to solve for; an overflow is handed on, as a gradient scaler expects
     z = linearized.z

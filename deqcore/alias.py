@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -15,7 +16,8 @@ __all__ = ["install"]
 class _Alias(MetaPathFinder, Loader):
     """Finds ``other.part`` as ``package.part`` wherever ``sys.modules["other"]`` is the package itself.
 
-    Without it Python would run the file a second time, and there would be two registries and two sets of classes.
+    Without it Python would run the file a second time, and there would be two registries and two sets of classes. A
+    module whose name the package has given to something else (``registry``) is not to be had by another name.
     """
 
     def __init__(self, package: str) -> None:
@@ -28,6 +30,12 @@ class _Alias(MetaPathFinder, Loader):
         root, _, rest = fullname.partition(".")
         if not rest or root == self.package or sys.modules.get(root) is not sys.modules.get(self.package):
             return None
+        own = f"{self.package}.{rest}"
+        if importlib.util.find_spec(own) is None:
+            return None
+        taken = getattr(sys.modules[self.package], rest, None)
+        if taken is not None and taken is not sys.modules.get(own):  # Python would put the module in its place
+            raise ModuleNotFoundError(f"{fullname} can't be imported by this name; import {own}", name=fullname)
         return ModuleSpec(fullname, self)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from .interfaces import LinearSolver, Solver
@@ -55,6 +56,13 @@ def iterate(
     Returns:
         the solution, whose residual is that of the state it holds, and the sampled states.
     """
+    device = z.device.type
+    if torch.is_autocast_enabled(device):  # for f, which the problem calls under it; solvers compute in full precision
+        with torch.autocast(device, enabled=False):
+            return iterate(
+                solver, problem, z, sample_at=sample_at, scale=scale, check_every=check_every, keep_trace=keep_trace,
+                keep_state=keep_state, warm_state=warm_state, callback=callback,
+            )
     settings = cast(SolverSettings, solver.settings)
     last = settings.max_iter
     z = problem.round(z)
@@ -63,6 +71,7 @@ def iterate(
         return Run(monitor.skipped(), [z] * len(sample_at))
     if type(solver).solve not in (Solver.solve, LinearSolver.solve):
         return _own_loop(solver, problem, z, monitor, sample_at)
+    monitor.recovers = solver.monitored
     keep_last = settings.return_final or not solver.monitored
     check_every = check_every if solver.monitored else last
     fz, stop, rounds = problem(z), False, problem.rounds
@@ -81,11 +90,14 @@ def iterate(
         if fz is None:
             fz = problem(z)
         if k % check_every == 0 or k == last:
+            strikes = monitor.strikes
             z, fz, stop = monitor.judge(k, z, fz)
+            if check_every > 1 and monitor.strikes is not strikes:  # NaN may have got into the history unseen
+                state = solver.init(problem, z, fz)
             if callback is not None:
                 callback(k, z, monitor.rows.to64(monitor.now.residual).to(z))
         if k in sample_at and not stop:
-            samples.append(z if keep_last else monitor.best.z)
+            samples.append(z if keep_last else monitor.journal.best().z)
     solution = monitor.finish(k, keep_last)
     if not solver.monitored:
         solution.accepted = (Status.MAX_STEPS, Status.STALLED)
@@ -99,7 +111,7 @@ def _own_loop(
     solver: Solver[Any] | LinearSolver[Any], problem: Problem, z: Tensor, monitor: Monitor, sample_at: Collection[int]
 ) -> Run:
     """A solver that brings its own loop: run it, then judge what it returned by one evaluation."""
-    before = problem.nfe
+    before, monitor.recovers = problem.nfe, False
     final, samples = solver.solve(problem, z, sorted(sample_at))
     final = problem.round(final)
     steps = problem.nfe - before

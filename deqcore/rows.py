@@ -1,14 +1,15 @@
-"""Per-sample numbers of one check, as Python floats for small batches and as CPU tensors for large ones.
+"""Per-sample numbers of one check: Python floats for the smallest batches, tensors on the state's device otherwise.
 
-A comparison of 64 numbers costs about as much in plain Python as one tensor operation does, and one of a single number
-a tenth of that; from a few hundred samples on, tensors win.
+One number costs a tenth of a microsecond in plain Python and two as a tensor operation; from about ten samples on,
+tensors win. Either way a check asks for one number, the worst sample's, and waits for the device once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from operator import lt
+from array import array
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from .settings import SolverSettings
 __all__ = ["Rows", "rows_for"]
 
 #: Batches up to this size are judged as Python floats.
-LIST_BATCH = 64
+LIST_BATCH = 8
 #: States up to this many numbers are measured in Python as well: no tensor operation is as fast.
 TINY_STATE = 64
 
@@ -27,24 +28,28 @@ Measure = Callable[[Tensor, Tensor], tuple[Any, Any]]
 
 
 class Rows(Protocol):
-    """What is asked of one number a sample at every check. The numbers are opaque but for `to64` and `from64`."""
+    """What is asked of one number a sample. The numbers are opaque but for `to64`, `stack` and `from64`."""
 
     measure: Measure
 
-    def all_below(self, a: Any, b: Any) -> bool:
-        """Whether a < b for every sample; False where NaN."""
+    def full(self, value: float) -> Any:
+        """`value` for every sample."""
         ...
 
-    def none_below(self, a: Any, b: Any, slack: float) -> bool:
-        """Whether a < slack * b for no sample, and every a is finite."""
+    def excess(self, residual: Any, size: Any, atol: Any, rtol: float) -> float:
+        """Largest residual - atol - rtol * size; not finite where some residual isn't."""
         ...
 
-    def within(self, residual: Any, size: Any, atol: Any, rtol: float, floor: float) -> bool:
-        """Whether residual <= atol + rtol * size, or <= floor * size, for every sample."""
+    def lower(self, a: Any, b: Any) -> Any:
+        """The smaller of a and b, sample by sample; a where b is NaN."""
         ...
 
     def to64(self, rows: Any) -> Tensor:
         """The numbers as a (B,) float64 tensor on the CPU."""
+        ...
+
+    def stack(self, rows: Sequence[Any]) -> Tensor:
+        """The numbers of K checks as a (B, K) float64 tensor on the CPU."""
         ...
 
     def from64(self, rows: Tensor) -> Any:
@@ -57,76 +62,86 @@ def rows_for(z: Tensor, settings: SolverSettings) -> Rows:
     return _Lists(z, settings) if z.shape[0] <= LIST_BATCH else _Tensors(z, settings)
 
 
-def _norms(z: Tensor, settings: SolverSettings) -> Callable[[Tensor, Tensor], Tensor]:
-    """(z, f(z)) -> stacked norms of f(z) - z and of f(z), shape (2, B)."""
-    vector_norm, stack = torch.linalg.vector_norm, torch.stack
+def _norms(z: Tensor, settings: SolverSettings) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(z, f(z)) -> norms of f(z) - z and of f(z), shape (B,) each."""
+    vector_norm = torch.linalg.vector_norm
     order = math.inf if settings.residual_norm == "max" else 2
     if settings.residual_norm == "rms":
         factor = z.shape[1] ** -0.5
-        return lambda z, fz: stack((vector_norm(fz - z, 2, 1), vector_norm(fz, 2, 1))) * factor
-    return lambda z, fz: stack((vector_norm(fz - z, order, 1), vector_norm(fz, order, 1)))
+        return lambda z, fz: (vector_norm(fz - z, 2, 1) * factor, vector_norm(fz, 2, 1) * factor)
+    return lambda z, fz: (vector_norm(fz - z, order, 1), vector_norm(fz, order, 1))
 
 
 class _Lists:
     """Rows as lists of Python floats."""
 
     def __init__(self, z: Tensor, settings: SolverSettings) -> None:
-        if z.numel() <= TINY_STATE and z.device.type == "cpu" and settings.residual_norm == "l2":
-            self.measure: Measure = self._measure_tiny
-        else:
-            norms = _norms(z, settings)
-            self.measure = lambda z, fz: norms(z, fz).tolist()
+        self.batch = z.shape[0]
+        norms = _norms(z, settings)
+
+        def measure(z: Tensor, fz: Tensor) -> tuple[list[float], list[float]]:
+            residual, size = torch.stack(norms(z, fz)).tolist()
+            return residual, size
+
+        tiny = z.numel() <= TINY_STATE and z.device.type == "cpu" and settings.residual_norm == "l2"
+        self.measure: Measure = self._measure_tiny if tiny else measure
 
     @staticmethod
     def _measure_tiny(z: Tensor, fz: Tensor) -> tuple[list[float], list[float]]:
         images: list[list[float]] = fz.tolist()
         return list(map(math.dist, z.tolist(), images)), [math.hypot(*image) for image in images]
 
-    def all_below(self, a: list[float], b: list[float]) -> bool:
-        return all(map(lt, a, b))
+    def full(self, value: float) -> list[float]:
+        return [value] * self.batch
 
-    def none_below(self, a: list[float], b: list[float], slack: float) -> bool:
-        for x, y in zip(a, b, strict=True):
-            if not (x >= slack * y and x < math.inf):
-                return False
-        return True
-
-    def within(self, residual: list[float], size: list[float], atol: list[float], rtol: float, floor: float) -> bool:
+    def excess(self, residual: list[float], size: list[float], atol: list[float], rtol: float) -> float:
+        worst = 0.0
+        highest = -math.inf
         for r, n, a in zip(residual, size, atol, strict=True):
-            if not (r <= a + rtol * n or r <= floor * n):
-                return False
-        return True
+            worst += r  # the sum tells of a NaN; max() would lose it
+            left = r - a - rtol * n
+            if left > highest:
+                highest = left
+        return highest if worst - worst == 0.0 else math.nan
+
+    def lower(self, a: list[float], b: list[float]) -> list[float]:
+        return [y if y < x else x for x, y in zip(a, b, strict=True)]
 
     def to64(self, rows: list[float]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.float64)
+        return torch.frombuffer(array("d", rows), dtype=torch.float64)  # torch.tensor looks at every element's type
+
+    def stack(self, rows: Sequence[list[float]]) -> Tensor:
+        flat = torch.frombuffer(array("d", chain.from_iterable(rows)), dtype=torch.float64)
+        return flat.view(len(rows), self.batch).mT
 
     def from64(self, rows: Tensor) -> list[float]:
         return rows.tolist()
 
 
 class _Tensors:
-    """Rows as float64 tensors on the CPU: one transfer a check, whatever the device."""
+    """Rows as (B,) tensors on the state's device."""
 
     def __init__(self, z: Tensor, settings: SolverSettings) -> None:
-        norms = _norms(z, settings)
+        self.like = z
+        self.measure: Measure = _norms(z, settings)
 
-        def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
-            residual, size = norms(z, fz).cpu().double().unbind()
-            return residual, size
+    def full(self, value: float) -> Tensor:
+        return self.like.new_full((self.like.shape[0],), value)
 
-        self.measure: Measure = measure
+    def excess(self, residual: Tensor, size: Tensor, atol: Tensor, rtol: float) -> float:
+        left = residual - atol
+        if rtol:
+            left = left.sub_(size, alpha=rtol)
+        return left.max().item()
 
-    def all_below(self, a: Tensor, b: Tensor) -> bool:
-        return bool((a < b).all())
-
-    def none_below(self, a: Tensor, b: Tensor, slack: float) -> bool:
-        return bool(((a >= slack * b) & (a < math.inf)).all())
-
-    def within(self, residual: Tensor, size: Tensor, atol: Tensor, rtol: float, floor: float) -> bool:
-        return bool((residual <= torch.maximum(atol + rtol * size, floor * size)).all())
+    def lower(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.fmin(a, b)
 
     def to64(self, rows: Tensor) -> Tensor:
-        return rows
+        return rows.cpu().double()
+
+    def stack(self, rows: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(rows), 1).cpu().double()
 
     def from64(self, rows: Tensor) -> Tensor:
-        return rows
+        return rows.to(self.like)

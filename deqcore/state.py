@@ -107,7 +107,7 @@ class StateSpec:
 
     def __init__(self, z0: Any, batch_dims: int = 1) -> None:
         self.as_arguments = type(z0) in (list, tuple)
-        named, self.tree = _flatten(_like(z0))
+        named, self.tree = ([("", z0)], pytree.treespec_leaf()) if isinstance(z0, Tensor) else _flatten(_like(z0))
         if not named:
             raise StateError(f"z0 holds no tensor: got {z0!r}. Give a tensor, or a tuple, list, dict or dataclass of tensors.")
         for path, leaf in named:
@@ -132,7 +132,7 @@ class StateSpec:
         self.rounds = any(dtype.to_real() != self.dtype for dtype in self.dtypes)
         #: Spacing of the coarsest leaf dtype at 1: no residual below a few of these means anything.
         self.eps = max(torch.finfo(dtype).eps for dtype in self.dtypes)
-        self.single = pytree.treespec_leaf() == self.tree if hasattr(pytree, "treespec_leaf") else self.tree.is_leaf()
+        self.single = self.tree.is_leaf()
         self._plain = self.single and not self.rounds and not self.dtypes[0].is_complex
 
     @staticmethod
@@ -185,7 +185,7 @@ class StateSpec:
 
     def _pack_leaf(self, leaf: Tensor) -> Tensor:
         if leaf.is_complex():
-            leaf = torch.view_as_real(leaf)
+            leaf = torch.view_as_real(leaf.resolve_conj())
         return leaf.reshape(self.batch, -1).to(self.dtype)
 
     def unpack(self, z: Tensor) -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .errors import FunctionTypeError
 from .legacy import add_deq_args
+from .scope import current_scope
 
 __all__ = ["add_deq_args", "mem_gc", "mixed_init"]
 
@@ -22,9 +25,34 @@ def mem_gc(func: Callable[..., Any], in_args: Sequence[Any] | None = None) -> An
         in_args: its arguments; none if not given.
 
     Returns:
-        what `func` returns. Random numbers in it are drawn alike both times.
+        what `func` returns. Random numbers in it are drawn alike both times. In a solve, normalised weights and dropout
+        masks are those of the solve both times.
+
+    Raises:
+        FunctionTypeError: `in_args` is no tuple or list.
     """
-    return checkpoint(func, *(in_args or ()), use_reentrant=False)
+    args = () if in_args is None else in_args
+    if not isinstance(args, tuple | list):
+        raise FunctionTypeError(f"in_args must be a tuple of func's arguments, got {type(args).__name__}; write (x,).")
+    scope = current_scope()
+    if scope is None or not torch.is_grad_enabled():
+        return checkpoint(func, *args, use_reentrant=False)
+
+    def run() -> Any:
+        return checkpoint(func, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), scope))
+
+    made = scope._made  # pyright: ignore[reportPrivateUsage]
+    before = set(made)
+    out = run()
+    fresh = [key for key in made.keys() - before if not isinstance(made[key], Tensor) or made[key].requires_grad]
+    if fresh:
+        # What func was the first to make has a graph inside the checkpoint, and would be missing when func runs again.
+        for key in fresh:
+            del made[key]
+        with torch.no_grad():
+            func(*args)
+        out = run()
+    return out
 
 
 def mixed_init(

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from pydantic import Field, field_validator
 
-from deqcore import GradientBackend, GradientSettings, LinearProblem, Solution, SolverChoice, hookimpl, iterate, registry
+from torch import Tensor
+
+from deqcore import (
+    GradientBackend,
+    GradientSettings,
+    LinearProblem,
+    Solution,
+    Solver,
+    SolverChoice,
+    SolverSettings,
+    Status,
+    hookimpl,
+    iterate,
+    registry,
+)
 
 #: What solves the adjoint where nobody says: see benchmarks/results/evaluations.md for the comparison behind it.
 DEFAULT_SOLVER: dict[str, Any] = {"name": "broyden", "max_iter": 200, "tol": 1e-6, "memory": 50}
@@ -38,6 +54,24 @@ class ImplicitSettings(GradientSettings):
         return {**base, **given}
 
 
+class Jointly(Solver[SolverSettings]):
+    """Another solver, applied to all rows as one sample.
+
+    Where f couples rows, a row's history says little about the way to its solution, and quasi-Newton steps go astray.
+    """
+
+    def __init__(self, solver: Any, scale: Tensor) -> None:
+        super().__init__(solver.settings)
+        self.solver = solver
+        self.scale = scale
+
+    def solve(self, problem: Any, z: Tensor, sample_at: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        joint = problem.as_one()
+        found = iterate(self.solver, joint, z.reshape(1, -1), scale=self.scale).solution
+        problem.nfe += joint.nfe
+        return found["z"].view_as(z), []
+
+
 class Implicit(GradientBackend[ImplicitSettings]):
     """dz*/dx = (I - J)^-1 df/dx: the gradient of the equilibrium itself, however it was found.
 
@@ -45,19 +79,31 @@ class Implicit(GradientBackend[ImplicitSettings]):
     backward. Drops nothing at first order; gives first derivatives only, and refuses to be differentiated twice.
 
     Costs one evaluation of f with its graph in the forward, and one product with J^T a step in the backward; memory is
-    one evaluation's graph, however many steps the forward took.
+    one evaluation's graph, however many steps the forward took. Where f couples rows and the solver fails row by row, the
+    adjoint is solved once more for all rows as one sample.
 
     Source: Bai, Kolter and Koltun, Deep Equilibrium Models (NeurIPS 2019), theorem 1.
     """
 
     needs_equilibrium: ClassVar[bool] = True
+    #: True once a backward has found that f couples rows and that going row by row fails.
+    coupled = False
 
     def adjoint(self, problem: LinearProblem) -> Solution:
         solver = registry.create("solvers", self.settings.solver)
-        sizes = problem.b.norm(dim=1)
-        # A sample that has no cotangent of its own still gets one through f where f couples rows.
-        scale = sizes.clamp_min(float(sizes.max()) * problem.eps(problem.b))
-        return iterate(solver, problem, problem.b, scale=scale).solution
+        order = math.inf if self.settings.solver.residual_norm == "max" else 2
+        sizes = torch.linalg.vector_norm(problem.b, order, 1)
+        if self.settings.solver.residual_norm == "rms":
+            sizes = sizes * problem.b.shape[1] ** -0.5
+        # A sample that has no cotangent of its own gets one through f where f couples rows; it is solved for as closely
+        # as the most demanding of those that do.
+        scale = torch.where(sizes > 0, sizes, sizes.masked_fill(sizes == 0, math.inf).min())
+        if not self.coupled:
+            found = iterate(solver, problem, problem.b, scale=scale).solution
+            if not found.failed() or bool((found["status"] == Status.NON_FINITE).any()) or not problem.couples_rows():
+                return found
+            self.coupled = True
+        return iterate(Jointly(solver, scale.min()[None]), problem, problem.b, scale=scale).solution
 
 
 @hookimpl

@@ -1,0 +1,1 @@
+"""deqcore's own weight normalisations, one file each."""

@@ -23,7 +23,7 @@ class BroydenSettings(SolverSettings):
 
     aliases: ClassVar[dict[str, str]] = {"LBFGS_thres": "memory", "ls": "line_search"}
 
-    memory: int = Field(30, ge=0, description="rank of the inverse Jacobian kept, 2 states each; 0 for max_iter")
+    memory: int = Field(50, ge=0, description="rank of the inverse Jacobian kept, 2 states each; 0 for max_iter")
     line_search: bool = Field(False, description="halve a sample's step while its residual would not fall")
 
     @field_validator("memory", mode="before")
@@ -124,12 +124,12 @@ class Broyden(Solver[BroydenSettings]):
 
     @staticmethod
     def _reduce(state: BroydenState) -> None:
-        """Cut left^T right to its largest two thirds of singular directions."""
-        rank = state.count
-        keep = rank * 2 // 3
+        """Cut left^T right to its largest two thirds of singular directions (to all that there can be, if fewer)."""
+        keep = min(state.count * 2 // 3, state.left.shape[2])
         if keep:
-            left_q, left_r = torch.linalg.qr(state.left.mT)
-            right_q, right_r = torch.linalg.qr(state.right.mT)
+            # A sample whose f gives NaN has it here too, and must not make the others' decomposition fail.
+            left_q, left_r = torch.linalg.qr(state.left.nan_to_num(0.0, 0.0, 0.0).mT)
+            right_q, right_r = torch.linalg.qr(state.right.nan_to_num(0.0, 0.0, 0.0).mT)
             u, s, vh = torch.linalg.svd(left_r @ right_r.mT, full_matrices=False)
             state.left[:, :keep] = ((left_q @ u[..., :keep]) * s[:, None, :keep]).mT
             state.right[:, :keep] = (right_q @ vh[:, :keep].mT).mT

@@ -1,0 +1,1 @@
+"""deqcore beside torchdeq: `python -m benchmarks` measures, prints tables and writes them to benchmarks/results/."""

@@ -1,0 +1,173 @@
+"""What is said of a finished run: every sample's status, and the numbers that Solution offers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rows import Rows
+from .settings import SolverSettings
+from .solution import Solution, Status
+
+__all__ = ["Best", "Report", "Tolerance"]
+
+#: A residual this many spacings of the dtype, relative to ||f(z)||, is rounding error.
+FLOOR_SPACINGS = 4.0
+#: Steps without improvement after which an unfinished sample is called stalled rather than cut short.
+STALLED_AFTER = 20
+#: An unfinished sample whose last residual is this many times its lowest is called diverged.
+DIVERGED_BY = 10.0
+
+
+class Best:
+    """A state and what is known about each of its samples. `step` is one int while all come from one step."""
+
+    __slots__ = ("residual", "size", "step", "z")
+
+    def __init__(self, z: Tensor, residual: Any, size: Any, step: Any) -> None:
+        self.z = z
+        self.residual = residual
+        self.size = size
+        self.step = step
+
+    def to64(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Residual and size as (B,) float64 tensors on the CPU."""
+        return rows.to64(self.residual), rows.to64(self.size)
+
+    def steps(self, batch: int) -> Tensor:
+        """(B,) int64 steps that the samples come from."""
+        if isinstance(self.step, int):
+            return torch.full((batch,), self.step, dtype=torch.int64)
+        return torch.as_tensor(self.step, dtype=torch.int64)
+
+
+class Tolerance:
+    """When a sample is done: residual <= atol + rtol * size, or at the rounding error of the numbers f computes with.
+
+    Args:
+        settings: where the tolerance comes from.
+        rows: form of one number a sample.
+        scale: (B,) factor of each sample's absolute tolerance, or None.
+        eps: relative spacing of the numbers that f computes with.
+    """
+
+    def __init__(self, settings: SolverSettings, rows: Rows, scale: Tensor | None, eps: float) -> None:
+        atol, self.rtol = settings.thresholds()
+        self.rows = rows
+        self.floor = FLOOR_SPACINGS * eps
+        self._atol64: Tensor | None = None
+        self.fixed = atol == 0 and self.rtol == 0
+        self.atol: Any = rows.full(atol) if scale is None else rows.from64(atol * scale.detach().cpu().double())
+
+    def limit(self, size: Tensor) -> Tensor:
+        """Residuals at which the samples are done, float64, for sizes of shape (B,) or (B, K)."""
+        return torch.maximum(self.target(size), self.floor * size)
+
+    def target(self, size: Tensor) -> Tensor:
+        """Residuals that were asked for, float64, for sizes of shape (B,) or (B, K)."""
+        if self._atol64 is None:
+            self._atol64 = self.rows.to64(self.atol)
+        atol = self._atol64 if size.dim() == 1 else self._atol64[:, None]
+        return atol + self.rtol * size if self.rtol else atol
+
+
+class Report:
+    """The numbers of one finished run, which hold neither f nor any state but the one returned.
+
+    Args:
+        final: the state returned.
+        last: the residual at the last judged step.
+        steps: solver updates made.
+        patience: judged steps without improvement after which the run would stop, or None.
+        tolerance: when a sample is done.
+        trace: (residual, size) of every check, and the steps of these in `checked`.
+        frozen: (B,) bool of samples that were frozen, or None.
+    """
+
+    def __init__(
+        self,
+        final: Best,
+        last: Any,
+        steps: int,
+        patience: int | None,
+        tolerance: Tolerance,
+        trace: list[tuple[Any, Any]],
+        checked: list[int],
+        frozen: Tensor | None,
+    ) -> None:
+        self.final = final
+        self.last = last
+        self.step_count = steps
+        self.stale_after = min(STALLED_AFTER, patience or STALLED_AFTER)
+        self.tolerance = tolerance
+        self.rows = tolerance.rows
+        self.trace = trace
+        self.checked = checked
+        self.frozen = frozen
+        self.batch = final.z.shape[0]
+
+    def solution(self, nfe: int, nvjp: int, njvp: int) -> Solution:
+        """The solution; what is worth a tensor only if somebody looks is made when somebody does."""
+        z, final, batch = self.final.z, self.final, self.batch
+
+        def floats(values: Tensor) -> Tensor:
+            return values.to(device=z.device, dtype=z.dtype)
+
+        return Solution(
+            {
+                "abs_lowest": lambda: floats(final.to64(self.rows)[0]),
+                "rel_lowest": lambda: floats(_relative(*final.to64(self.rows))),
+                "abs_trace": lambda: floats(self.traces()[0]),
+                "rel_trace": lambda: floats(_relative(*self.traces())),
+                "nstep": lambda: final.steps(batch).to(device=z.device, dtype=torch.float32),
+                "sradius": lambda: torch.full((1,), -1.0, device=z.device),
+                "status": lambda: self.status().to(z.device),
+                "steps": lambda: self.steps().to(z.device),
+                "nfe": nfe,
+                "sample_nfe": lambda: torch.full((batch,), nfe, device=z.device),
+                "nvjp": nvjp,
+                "njvp": njvp,
+                "z": z,
+            }
+        )
+
+    def status(self) -> Tensor:
+        """(B,) int64, how each sample ended."""
+        if not self.checked:
+            return torch.full((self.batch,), int(Status.SKIPPED))
+        tolerance, final = self.tolerance, self.final
+        if self.frozen is None and self.rows.excess(final.residual, final.size, tolerance.atol, tolerance.rtol) <= 0:
+            return torch.zeros(self.batch, dtype=torch.int64)  # the usual end: all converged
+        residual, size = final.to64(self.rows)
+        stale = self.step_count - final.steps(self.batch) >= self.stale_after
+        failed = ~torch.isfinite(residual)
+        if self.frozen is not None:
+            failed = failed | self.frozen
+        # Each line overrules the ones above it.
+        status = torch.where(stale, int(Status.STALLED), int(Status.MAX_STEPS))
+        diverged = self.rows.to64(self.last) > DIVERGED_BY * self.traces()[0].nan_to_num(torch.inf).amin(1)
+        status = torch.where(diverged, int(Status.DIVERGED), status)
+        status = torch.where(residual <= tolerance.floor * size, int(Status.AT_PRECISION), status)
+        status = torch.where(residual <= tolerance.target(size), int(Status.CONVERGED), status)
+        return torch.where(failed, int(Status.NON_FINITE), status)
+
+    def traces(self) -> tuple[Tensor, Tensor]:
+        """(B, N) residuals and sizes of all checks, float64; the final ones where no trace was kept."""
+        trace = self.trace or [(self.final.residual, self.final.size)]
+        return self.rows.stack([r for r, _ in trace]), self.rows.stack([n for _, n in trace])
+
+    def steps(self) -> Tensor:
+        """(B,) int64 steps each sample took until it was first done; all of them where it never was."""
+        if not self.trace:
+            return torch.full((self.batch,), self.step_count)
+        residual, size = self.traces()
+        done = residual <= self.tolerance.limit(size)
+        first = torch.tensor(self.checked)[done.int().argmax(1)]
+        return torch.where(done.any(1), first, self.step_count)
+
+
+def _relative(residual: Tensor, size: Tensor) -> Tensor:
+    """residual / size; 0 where both are 0."""
+    return torch.where(residual == 0, 0.0, residual / size)

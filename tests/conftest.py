@@ -1,0 +1,38 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent))  # importlib mode leaves helper modules beside the tests unimportable
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    """Settings of the developer's shell must not reach the tests."""
+    for variable in [name for name in os.environ if name.startswith("DEQCORE_")]:
+        monkeypatch.delenv(variable)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder on sys.path to install distributions into (plugins_support.Site); undone afterwards."""
+    from plugins_support import Site
+
+    from deqcore import registry
+
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    with registry.scope():
+        yield Site(folder)
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None) or "").startswith(str(folder)):
+            del sys.modules[name]
