@@ -35,9 +35,26 @@ def attach(problem: Problem, solution: Solution, solve: SolveAdjoint) -> Tensor:
     if not torch.is_grad_enabled():
         return z
     linearized = problem.linearize(z)
-    if not linearized.fz.requires_grad:
+    if not _depends_on_more(linearized):
         return z
     return _Equilibrium.apply(linearized.fz, linearized, solution, solve)
+
+
+def _depends_on_more(linearized: Linearization) -> bool:
+    """Whether f(z) has a gradient to anything but z itself."""
+    start = linearized.fz.grad_fn
+    waiting = [start] if start is not None else []
+    seen: set[Any] = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf is not linearized.z:
+            return True
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return False
 
 
 class _Equilibrium(torch.autograd.Function):
@@ -54,7 +71,7 @@ class _Equilibrium(torch.autograd.Function):
         with torch.no_grad():
             adjoint = _solve(cotangents[0].detach(), linearized, solution, solve)
         if torch.is_grad_enabled():  # create_graph=True: a second derivative may follow
-            adjoint = _FirstOrderOnly.apply(adjoint, linearized.z)
+            adjoint = _FirstOrderOnly.apply(adjoint, linearized.fz, cotangents[0])
         return adjoint, None, None, None
 
 
@@ -71,10 +88,14 @@ def _solve(cotangent: Tensor, linearized: Linearization, solution: Solution, sol
 
 
 class _FirstOrderOnly(torch.autograd.Function):
-    """Lets a value through and refuses to be differentiated."""
+    """Lets a value through and refuses to be differentiated, in whatever the anchors depend on.
+
+    ``autograd.grad`` runs only what lies between its inputs and outputs: unless all that the value depends on can be
+    reached from here, a second derivative would silently lack its part.
+    """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, *anchors: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod

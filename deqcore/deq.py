@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .config import DEQConfig
-from .errors import FunctionTypeError, StateError, StateTypeError
+from .choice import overlay
+from .config import Arguments, DEQConfig
+from .errors import ConfigError, ConfigTypeError, FunctionTypeError, StateError, StateTypeError
+from .frames import caller
 from .interfaces import Core, GradientBackend, Regularizer, Solver, Stretch
 from .iterate import Callback, Run, iterate
-from .legacy import FLAT
 from .problem import Problem
+from .progress import progress_bar
 from .registry import registry
 from .scope import SolveScope
 from .settings import SolverSettings
 from .solution import Solution
 from .spectrum import spectral_radius
 from .state import StateSpec
-from .validation import validate
+from .validation import rename, shown, validate
 
 __all__ = ["DEQ", "get_deq", "reset_deq"]
 
-#: Frames between a warning in `forward` and the line that called the module.
-CALLER = 6
+#: TorchDEQ's names in `solver_kwargs` for what every solver has.
+PER_CALL = {"f_max_iter": "max_iter", "f_tol": "tol", "f_stop_mode": "stop_mode"}
+#: Sets of per-call options whose solvers are kept.
+KEPT = 64
 
 
 class DEQ(nn.Module):
@@ -96,7 +101,8 @@ class DEQ(nn.Module):
                 whatever fn closes over.
             z0: the start, shape (B, ...) with the default ``batch_dims=1``; floating point or complex.
             args: further arguments of fn. (A mapping here is taken for `solver_kwargs`, as in TorchDEQ.)
-            solver_kwargs: settings of the solver for this call: ``f_max_iter`` (0 hands z0 on), ``tol``, any of its own.
+            solver_kwargs: settings of the solver for this call: ``f_max_iter`` (0 hands z0 on), ``tol``, any of its
+                own. Where they are given at get_deq too, these win.
             sradius_mode: in eval mode, estimate the spectral radius of df/dz at the result.
             backward_writer: called with the Solution of every backward solve.
             warm_start: an earlier call's info, to start from its state (and solver state, with ``keep_state=True``).
@@ -114,16 +120,15 @@ class DEQ(nn.Module):
             ConvergenceError: ``on_failure="raise"`` and some sample missed its tolerance.
             UnknownKeyError, ConfigError: `solver_kwargs` has a wrong key or value.
         """
-        if isinstance(args, Mapping):  # TorchDEQ's order: fn, z0, solver_kwargs, sradius_mode, backward_writer
-            writer = sradius_mode if callable(sradius_mode) else backward_writer
-            args, solver_kwargs, sradius_mode, backward_writer = (), args, bool(solver_kwargs), writer
+        if args is None or isinstance(args, Mapping):
+            order = _torchdeq_order(args, solver_kwargs, sradius_mode, backward_writer)
+            args, (solver_kwargs, sradius_mode, backward_writer) = (), order
         if not callable(fn):
             raise FunctionTypeError(f"f must be callable, got {type(fn).__name__}: deq(fn, z0).")
         solver = self._solver_for(solver_kwargs)
-        with SolveScope():
+        bar = progress_bar(solver.settings.max_iter, callback) if progress else nullcontext(callback)
+        with SolveScope(), bar as callback:
             problem, z, warm_state = self._pose(fn, z0, args, warm_start, type(solver))
-            if progress:
-                callback = _with_progress(solver.settings.max_iter, callback)
             call = _Call(self, solver, problem, backward_writer, callback, warm_state)
             states, info = call.train(z) if self.training else call.evaluate(z, sradius_mode)
             self._regularize(problem, states, info)
@@ -136,25 +141,40 @@ class DEQ(nn.Module):
 
     def _solver_for(self, options: Mapping[str, Any] | None) -> Solver[Any]:
         """The solver with this call's options and this mode's step limit; made once for each set of options."""
-        given = dict(options or {})
-        key = json.dumps([self.training, given], sort_keys=True, default=repr)
-        if key not in self._solvers:
-            for flat in ("f_max_iter", "f_tol", "f_stop_mode"):
-                if flat in given:
-                    given[FLAT[flat].path[1]] = given.pop(flat)
-            settings = self.config.solver
-            base = settings.model_dump(exclude_unset=True)
-            if given.keys() & {"rtol", "atol"}:
-                base = {k: v for k, v in base.items() if k not in ("tol", "stop_mode")}
-            elif given.keys() & {"tol", "stop_mode"}:
-                base = {k: v for k, v in base.items() if k not in ("rtol", "atol")}
-            limit = {} if self.training else {"max_iter": self._eval_steps()}
-            known = {settings.aliases.get(name, name) for name in given}
-            merged = {**{k: v for k, v in {**base, **limit}.items() if k not in known}, **given}
-            if len(self._solvers) > 64:  # options that change with every call
+        if options is not None and not isinstance(options, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigTypeError(f"solver_kwargs must be a dict of settings for this call, got {shown(options)}.")
+        try:
+            key = json.dumps([self.training, dict(options or {})], sort_keys=True)
+        except TypeError:  # an option that is no plain value, whose like can't be told from it
+            return self._make_solver(options or {})
+        solver = self._solvers.get(key)
+        if solver is None:
+            solver = self._make_solver(options or {})
+            if len(self._solvers) >= KEPT:  # options that change with every call
                 self._solvers.clear()
-            self._solvers[key] = type(self.solver)(validate(type(settings), merged, "solver_kwargs"))
-        return self._solvers[key]
+            self._solvers[key] = solver
+        return solver
+
+    def _make_solver(self, options: Mapping[str, Any]) -> Solver[Any]:
+        settings = self.config.solver
+        kind = type(settings)
+        given = {
+            PER_CALL.get(key, key): value for key, value in options.items() if not (key in PER_CALL and value is None)
+        }
+        for flat, key in PER_CALL.items():
+            if None not in (options.get(flat), options.get(key)) and options[flat] != options[key]:
+                raise ConfigError(
+                    f"solver_kwargs: {flat}={options[flat]!r} and {key}={options[key]!r} differ; give one."
+                )
+        for key in ("name", "f_solver"):
+            if key in given and given.pop(key) != settings.name:
+                raise ConfigError(
+                    f"solver_kwargs: {key} can't change from call to call; make another DEQ with get_deq."
+                )
+        base = {key: getattr(settings, key) for key in settings.model_fields_set}
+        limit = {} if self.training else {"max_iter": self._eval_steps()}
+        values = overlay({**base, **limit}, rename(kind, given))
+        return type(self.solver)(validate(kind, values, "solver_kwargs", owner=f"solver {settings.name!r}"))
 
     def _eval_steps(self) -> int:
         config = self.config
@@ -165,21 +185,22 @@ class DEQ(nn.Module):
     ) -> tuple[Problem, Tensor, Any]:
         """The problem, its packed start, and the solver state to resume from."""
         if not isinstance(args, tuple | list):
-            raise FunctionTypeError(f"args must be a tuple of fn's further arguments, got {type(args).__name__}: args=(x,).")
+            raise FunctionTypeError(
+                f"args must be a tuple of fn's further arguments, got {type(args).__name__}: args=(x,)."
+            )
         spec = StateSpec(z0, self.config.batch_dims)
         problem = Problem.of(fn, spec, tuple(args))  # pyright: ignore[reportUnknownArgumentType]
         if warm_start is None:
-            z = spec.pack(z0).detach()
-            if not bool(torch.isfinite(z).all()):
-                rows = int((~torch.isfinite(z)).any(1).sum())
-                raise StateError(f"z0 holds NaN or inf in {rows} of {spec.batch} samples; a solve can't start there.")
-            return problem, z, None
+            return problem, _finite(spec.pack(z0).detach(), "z0"), None
         if not isinstance(warm_start, Solution):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise StateTypeError(f"warm_start takes the info of an earlier call, got {type(warm_start).__name__}.")
-        if warm_start.spec is None or not spec.same_as(warm_start.spec):
+        if warm_start.spec is not None and not spec.same_as(warm_start.spec):
             raise StateError(f"warm_start is for another state: {warm_start.spec}; this call's is {spec}.")
+        z: Tensor = warm_start["z"]
+        if tuple(z.shape) != (spec.batch, spec.features):  # its spec was lost in a pickle
+            raise StateError(f"warm_start is for a packed state of shape {tuple(z.shape)}; this call's is {spec}.")
         made_by, state = warm_start.solver_state or (None, None)
-        return problem, warm_start["z"].to(spec.device), state if made_by is solver else None
+        return problem, _finite(z.to(spec.device, spec.dtype), "warm_start"), state if made_by is solver else None
 
     def _regularize(self, problem: Problem, states: list[Tensor], info: Solution) -> None:
         if not self.regularizers:
@@ -199,6 +220,25 @@ class DEQ(nn.Module):
 
         settings = self.config.norm
         return apply_norm(module, settings if settings is not None else "weight_norm", **options)
+
+
+def _torchdeq_order(
+    options: Mapping[str, Any] | None, second: Any, third: Any, writer: Any
+) -> tuple[Mapping[str, Any] | None, bool, Any]:
+    """What TorchDEQ's order of arguments means: solver_kwargs, sradius_mode, backward_writer after (fn, z0)."""
+    if isinstance(second, Mapping):
+        if options is not None:
+            raise ConfigError(f"solver_kwargs is given twice: {shown(options)} and {shown(second)}. Give one.")
+        return second, third, writer  # pyright: ignore[reportUnknownVariableType]
+    sradius_mode = third if second is None and not callable(third) else bool(second)
+    return options, sradius_mode, third if callable(third) else writer
+
+
+def _finite(z: Tensor, what: str) -> Tensor:
+    if bool(torch.isfinite(z).all()):
+        return z
+    rows = int((~torch.isfinite(z)).any(1).sum())
+    raise StateError(f"{what} holds NaN or inf in {rows} of {z.shape[0]} samples; a solve can't start there.")
 
 
 class _Call:
@@ -248,6 +288,12 @@ class _Call:
             solution["z"] = z.clone()  # the caller's own z0 is not handed out
         return run
 
+    def judge(self, solution: Solution, what: str = "forward solve") -> None:
+        """Ignore, warn of or raise what failed, in the name of the user's own line."""
+        on_failure = self.config.on_failure
+        if on_failure != "ignore" and solution.failed():
+            solution.apply_policy(on_failure, what, stacklevel=caller() + 1)
+
     def train(self, z: Tensor) -> tuple[list[Tensor], Solution]:
         """Solve stretch by stretch as the core plans, and attach each one's gradient."""
         plan = self.core.plan(self.solver.settings.max_iter)
@@ -259,7 +305,7 @@ class _Call:
             stretches = plan[first : last + 1]
             run = self.solve(z, stretches[-1].stop - start, [s.stop - start for s in stretches[:-1]])
             if last == len(plan) - 1:
-                run.solution.apply_policy(self.config.on_failure, stacklevel=CALLER)
+                self.judge(run.solution)
             states += self._attach_all(stretches, run)
             z, start, first = states[-1].detach(), stretches[-1].stop, last + 1
         return states, run.solution
@@ -272,12 +318,12 @@ class _Call:
         return states
 
     def attach(self, gradient: GradientBackend[Any], solution: Solution) -> list[Tensor]:
-        writer, on_failure = self.writer, self.config.on_failure
+        writer = self.writer
 
         def on_backward(found: Solution) -> None:
             if writer is not None:
                 writer(found)
-            found.apply_policy(on_failure, "backward solve")
+            self.judge(found, "backward solve")
 
         solution.on_backward = on_backward
         found = gradient.attach(self.problem, solution)
@@ -286,12 +332,12 @@ class _Call:
     def evaluate(self, z: Tensor, sradius_mode: bool) -> tuple[list[Tensor], Solution]:
         """Solve, and give the state its gradient, where autograd is on, without moving it."""
         solution = self.solve(z, self.solver.settings.max_iter, []).solution
-        solution.apply_policy(self.config.on_failure, stacklevel=CALLER)
+        self.judge(solution)
         state: Tensor = solution["z"]
         if torch.is_grad_enabled():
             attached = self.attach(self.gradients[-1], solution)[-1]
-            if attached.requires_grad:
-                state = attached + (state - attached.detach()) if not torch.equal(attached, state) else attached
+            if attached is not state and attached.requires_grad:
+                state = state + (attached - attached.detach()).nan_to_num()  # the value stays, to the last bit
         sradius = torch.zeros(1, device=state.device)
         if sradius_mode:
             sradius = spectral_radius(self.problem, solution["z"])
@@ -299,28 +345,12 @@ class _Call:
         return [state], solution
 
 
-def _with_progress(steps: int, callback: Callback | None) -> Callback:
-    """`callback`, and a progress bar on the terminal that shows the worst residual."""
-    from rich.progress import Progress
-
-    bar = Progress(transient=True)
-    task = bar.add_task("solving", total=steps)
-
-    def show(step: int, z: Tensor, residual: Tensor) -> None:
-        with bar:
-            bar.update(task, completed=step, description=f"residual {residual.max().item():.2e}")
-        if callback is not None:
-            callback(step, z, residual)
-
-    return show
-
-
 def get_deq(args: Any = None, **keywords: Any) -> Any:
     """Make a DEQ from any configuration.
 
     Args:
-        args: a solver's name, a path to a TOML, JSON or YAML file, a dict, an argparse.Namespace, a DEQConfig, or any object
-            with attributes; not changed.
+        args: a solver's name, a path to a TOML, JSON or YAML file, a dict, an argparse.Namespace, a DEQConfig, or any
+            object with attributes; not changed.
         keywords: settings by nested or TorchDEQ's flat names; these win.
 
     Returns:
@@ -337,9 +367,9 @@ def get_deq(args: Any = None, **keywords: Any) -> Any:
     """
     config = DEQConfig.load(args, **keywords)
     factory = getattr(registry.get("cores", config.core.name), "factory", None)
-    if factory is not None:
-        return factory(args if not keywords else config)
-    return DEQ(config)
+    if factory is None:
+        return DEQ(config)
+    return factory(args if isinstance(args, Mapping) and not keywords else Arguments(config, args, keywords))
 
 
 def reset_deq(model: nn.Module) -> None:

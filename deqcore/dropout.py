@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -46,7 +47,7 @@ class VariationalDropout(nn.Module):
 
     def __init__(self, dropout: float = 0.5) -> None:
         super().__init__()
-        if not isinstance(dropout, int | float) or isinstance(dropout, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(dropout, Real) or isinstance(dropout, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigTypeError(f"dropout must be a number from 0 to 1, got {dropout!r} ({type(dropout).__name__}).")
         if not 0 <= dropout <= 1:
             raise ConfigError(f"dropout must be a probability from 0 to 1, got {dropout}.")

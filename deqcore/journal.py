@@ -29,6 +29,7 @@ class Journal:
         self.tolerance = tolerance
         self.entries = [start]
         self.limit = max(2, KEPT_BYTES // max(start.z.numel() * start.z.element_size(), 1))
+        self.aside: Tensor | None = None  # (B,) bool of samples that say nothing about a whole state any more
         self._common: Best | None = None  # best state of one step among those merged already
         self._merged: tuple[Best, Best] | None = None  # the last entry when the best state was last asked for, and it
 
@@ -81,4 +82,6 @@ class Journal:
         residuals, sizes = self._stacked(whole)
         limits = self.tolerance.target(sizes)
         ratios = residuals / torch.where(limits > 0, limits, 1.0)
+        if self.aside is not None:
+            ratios = torch.where(self.aside[:, None], 0.0, ratios)
         return whole[int(ratios.amax(0).nan_to_num(torch.inf).argmin())]

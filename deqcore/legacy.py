@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .errors import ConfigError, ConfigTypeError
+from .choice import choice_of
 
-__all__ = ["FLAT", "GIVEN", "IGNORED", "LEGACY", "add_deq_args", "expand", "flag_default"]
+__all__ = ["CALL_ONLY", "FLAT", "GIVEN", "IGNORED", "LEGACY", "NEGATED", "add_deq_args", "flag_default"]
 
-#: Section of a configuration under construction that holds flat gradient options until all sources are merged.
+#: Path of options that mean nothing until all sources are known; see deqcore.merge.
 LEGACY = "legacy"
 #: Attribute of a Namespace that lists the flags its user wrote; what isn't listed is a default, not a choice.
 GIVEN = "deq_given"
 
 
 class Flat(NamedTuple):
-    """A flat name: the path it means, and its command-line flag (type, TorchDEQ's default, help) where it has one."""
+    """A flat name: the path it means, its type, and TorchDEQ's default and a help text where there is a flag for it."""
 
     path: tuple[str, ...]
     type: Any = None
@@ -27,16 +26,20 @@ class Flat(NamedTuple):
 
 FLAT: dict[str, Flat] = {
     "f_solver": Flat(("solver", "name"), str, "fixed_point_iter", "forward solver, by name"),
-    "b_solver": Flat((LEGACY, "b", "name"), str, "fixed_point_iter", "solver of the backward, by name; ours if not given"),
+    "b_solver": Flat(
+        ("gradient", "solver", "name"), str, "fixed_point_iter", "solver of the backward, by name; ours if not given"
+    ),
     "f_max_iter": Flat(("solver", "max_iter"), int, 40, "largest number of forward steps"),
-    "b_max_iter": Flat((LEGACY, "b", "max_iter"), int, 40, "largest number of backward steps"),
+    "b_max_iter": Flat(("gradient", "solver", "max_iter"), int, 40, "largest number of backward steps"),
     "f_tol": Flat(("solver", "tol"), float, 1e-3, "tolerance of the forward solve"),
-    "b_tol": Flat((LEGACY, "b", "tol"), float, 1e-6, "tolerance of the backward solve, relative to the cotangent"),
+    "b_tol": Flat(
+        ("gradient", "solver", "tol"), float, 1e-6, "tolerance of the backward solve, relative to the cotangent"
+    ),
     "f_stop_mode": Flat(("solver", "stop_mode"), str, "abs", "forward residual: abs or rel"),
-    "b_stop_mode": Flat((LEGACY, "b", "stop_mode"), str, "abs", "backward residual: abs or rel"),
+    "b_stop_mode": Flat(("gradient", "solver", "stop_mode"), str, "abs", "backward residual: abs or rel"),
     "eval_factor": Flat(("eval_factor",), float, 1.0, "factor on f_max_iter in eval mode"),
     "eval_f_max_iter": Flat(("eval_max_iter",), int, 0, "f_max_iter in eval mode; 0 leaves it to eval_factor"),
-    "no_stat": Flat(("no_stat",)),
+    "no_stat": Flat(("no_stat",), bool, None),
     "norm_type": Flat(("norm", "name"), str, "weight_norm", "weight normalisation, by name, or none"),
     "norm_no_scale": Flat(("norm", "no_scale"), bool, False, "don't learn the norm's scale"),
     "norm_clip": Flat(("norm", "clip"), bool, False, "clip the normalisation factor"),
@@ -69,6 +72,8 @@ FLAT: dict[str, Flat] = {
 IGNORED = frozenset(name for name, flat in FLAT.items() if not flat.path)
 #: Flat names that mean nothing of ours in a Namespace, where a program keeps everything.
 CALL_ONLY = frozenset(("m", "lam", "LBFGS_thres", "ls", "return_final"))
+#: Flat names that say the opposite of a setting, with the path of that one.
+NEGATED = {"no_stat": ("keep_trace",), "norm_no_scale": ("norm", "learn_scale")}
 
 
 def flag_default(name: str) -> Any:
@@ -84,7 +89,11 @@ class _Store(argparse.Action):
         self.constant = constant
 
     def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
     ) -> None:
         setattr(namespace, self.dest, values if self.nargs != 0 else True)
         setattr(namespace, GIVEN, [*getattr(namespace, GIVEN, []), self.dest])
@@ -103,11 +112,15 @@ def add_deq_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """
     parser.set_defaults(**{GIVEN: []})
     for name, flat in FLAT.items():
+        if flat.default is None:
+            continue
         if flat.type is bool:
             parser.add_argument(f"--{name}", action=_Store, nargs=0, default=flat.default, help=flat.help)
         elif isinstance(flat.type, list):
-            parser.add_argument(f"--{name}", action=_Store, nargs="+", type=int, default=flat.default, help=flat.help)
-        elif flat.type is not None:
+            parser.add_argument(
+                f"--{name}", action=_Store, nargs="+", type=int, default=[*flat.default], help=flat.help
+            )
+        else:
             parser.add_argument(f"--{name}", action=_Store, type=flat.type, default=flat.default, help=flat.help)
     for dotted, description in _installed_flags().items():
         parser.add_argument(f"--{dotted}", dest=dotted, default=argparse.SUPPRESS, help=description.replace("%", "%%"))
@@ -116,111 +129,34 @@ def add_deq_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def _installed_flags() -> dict[str, str]:
     """``solver.memory`` -> help, for every setting of every installed implementation that can be loaded."""
+    flags: dict[str, str] = {}
+    for section, kind in (("solver", "solvers"), ("gradient", "gradients"), ("core", "cores"), ("norm", "norms")):
+        _flags_of(section, kind, flags)
+    return flags
+
+
+def _flags_of(path: str, kind: str, flags: dict[str, str]) -> None:
+    """Add the flags of one section, and of the sections inside (``gradient.solver.memory``)."""
     from .errors import PluginError
     from .registry import KINDS, registry
 
-    flags: dict[str, str] = {}
     owners: dict[str, list[str]] = {}
-    for section, kind in (("solver", "solvers"), ("gradient", "gradients"), ("core", "cores"), ("norm", "norms")):
-        for name in registry.names(kind):
-            try:
-                fields = registry.get(kind, name).settings_type.model_fields
-            except PluginError:
-                continue  # an error when somebody picks it
-            for field, info in fields.items():
-                flags.setdefault(f"{section}.{field}", info.description or "")
-                owners.setdefault(f"{section}.{field}", []).append(name)
-        flags[f"{section}.name"] = f"{KINDS[kind].singular}, by name: {', '.join(registry.names(kind))}"
-        owners.pop(f"{section}.name", None)
-    return {
-        dotted: f"{text} [{', '.join(owners[dotted])}]" if dotted in owners else text for dotted, text in flags.items()
-    }
-
-
-# ---- from flat options to sections
-
-
-def expand(config: dict[str, Any]) -> dict[str, Any]:
-    """`config`, all sources merged, with the flat gradient options moved to where they belong.
-
-    Raises:
-        ConfigError: `grad` has neither one value nor one a state.
-    """
-    config = dict(config)
-    flat: dict[str, Any] = config.pop(LEGACY, {})
-    no_stat = config.pop("no_stat", None)
-    if no_stat is not None:
-        config["keep_trace"] = not no_stat
-    config = _norm(config)
-    implicit = bool(flat.get("ift") or flat.get("hook_ift"))
-    gradient = dict(config.get("gradient", {}))
-    gradient.setdefault("name", "implicit" if implicit else "phantom")
-    core = dict(config.get("core", {}))
-    phantom = {key: flat[old] for old, key in _PHANTOM.items() if flat.get(old) is not None}
-    steps = _steps(flat.get("grad"), core)
-    before = [{"name": "phantom", **phantom, "steps": k} for k in (steps or [1])]
-    if gradient["name"] == "phantom":
-        own = {**phantom, "steps": steps[-1]} if steps else phantom
-        gradient = {**own, **gradient}
-        before = before[:-1]
-    elif not (phantom or steps):
-        before = []
-    elif len(before) > 1:
-        before = before[:-1]
-    if before and "intermediate" not in core:
-        core["intermediate"] = before
-    _backward(gradient, flat.get("b", {}))
-    config["gradient"] = gradient
-    if core:
-        config["core"] = core
-    return config
-
-
-_PHANTOM = {"tau": "damping", "sup_gap": "sup_gap", "sup_loc": "sup_loc"}
-
-
-def _steps(grad: Any, core: Mapping[str, Any]) -> list[int] | None:
-    if grad is None:
-        return None
-    steps: list[int] = [grad] if isinstance(grad, int) else list(grad) if isinstance(grad, Sequence) else []
-    if not steps or isinstance(grad, str) or not all(isinstance(k, int) and not isinstance(k, bool) for k in steps):
-        raise ConfigTypeError(f"grad: an int, or a list with one int a state, got {grad!r} ({type(grad).__name__}).")
-    if min(steps) < 1:
-        raise ConfigError(f"grad: at least one step each, got {grad!r}. Use ift=True for the exact gradient.")
-    states = max(int(core.get("n_states", 1)), len(core.get("indexing", ())) + 1)
-    if len(steps) not in (1, states):
-        raise ConfigError(
-            f"grad: {len(steps)} values for {states} state(s): give one, or one a state (n_states or indexing say how many)."
-        )
-    return steps
-
-
-def _backward(gradient: dict[str, Any], flat: dict[str, Any]) -> None:
-    """Hand b_solver and the like to a backend that has a solver; another one, as in TorchDEQ, has no use for them."""
-    from .registry import registry
-
-    if not flat:
-        return
-    if "name" in flat:
-        registry.find("solvers", flat["name"])
-    if "solver" in registry.get("gradients", gradient["name"]).settings_type.model_fields:
-        nested = gradient.get("solver", {})
-        gradient["solver"] = {**flat, **({"name": nested} if isinstance(nested, str) else nested)}
-
-
-def _norm(config: dict[str, Any]) -> dict[str, Any]:
-    """Flat norm options as settings of the norm named; options that only another norm has don't bother this one."""
-    from .registry import registry
-
-    norm = config.get("norm")
-    if not isinstance(norm, Mapping):
-        return config
-    norm = dict(norm)
-    if norm.get("name") == "none":
-        return {**config, "norm": None}
-    if "no_scale" in norm:
-        norm["learn_scale"] = not norm.pop("no_scale")
-    name = norm.setdefault("name", "weight_norm")
-    if "n_power_iterations" in norm and "n_power_iterations" not in registry.get("norms", name).settings_type.model_fields:
-        del norm["n_power_iterations"]
-    return {**config, "norm": norm}
+    inner: dict[str, str] = {}
+    for entry in registry.entries(kind):
+        try:
+            fields = {} if registry.disabled(entry) else registry.load(entry).settings_type.model_fields
+        except PluginError:
+            continue  # an error when somebody picks it
+        for field, info in fields.items():
+            nested = choice_of(info)
+            if nested is not None:
+                inner[field] = nested
+            elif field != "name":
+                flags.setdefault(f"{path}.{field}", info.description or "")
+                owners.setdefault(f"{path}.{field}", []).append(entry.name)
+    for flag, names in owners.items():
+        flags[flag] += f" [{', '.join(names)}]"
+    flags[f"{path}.name"] = f"{KINDS[kind].singular}, by name: {', '.join(registry.names(kind))}"
+    for field, nested in inner.items():
+        if path.count(".") == 0:  # a solver may have a solver of its own: stop somewhere
+            _flags_of(f"{path}.{field}", nested, flags)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import FunctionError
 from .registry import registry
 from .spectrum import power_iterate
 
@@ -25,7 +26,12 @@ def jac_reg(f0: Tensor, z0: Tensor, vecs: int = 1, create_graph: bool = True) ->
 
     Returns:
         a scalar.
+
+    Raises:
+        FunctionError: `f0` has no graph to `z0`.
+        ConfigError: `vecs` is below 1.
     """
+    _check(f0, z0)
     return registry.get("regularizers", "jacobian").estimate(f0, z0, vecs, create_graph)
 
 
@@ -35,19 +41,42 @@ def power_method(f0: Tensor, z0: Tensor, n_iters: int = 100) -> tuple[Tensor, Te
     Args:
         f0: f(z0), with its graph to z0.
         z0: the state, requiring grad, shape (B, ...).
-        n_iters: power steps; the error falls as (second / largest eigenvalue) to this power.
+        n_iters: power steps; up to 12 steps of Arnoldi's method follow, which tell eigenvalues of one size apart.
 
     Returns:
-        dominant directions, shaped like z0, and radii, shape (B,).
+        dominant directions, shaped like z0 (with a complex pair: one of their plane), and radii, shape (B,).
+
+    Raises:
+        FunctionError: `f0` has no graph to `z0`, or another shape.
     """
+    _check(f0, z0)
     batch = z0.shape[0] if z0.dim() else 1
+    pairs = z0.is_complex()
+
+    def pack(v: Tensor) -> Tensor:
+        return (torch.view_as_real(v) if pairs else v).detach().reshape(batch, -1)
+
+    def unpack(v: Tensor) -> Tensor:
+        return torch.view_as_complex(v.reshape(*z0.shape, 2)) if pairs else v.reshape(z0.shape)
 
     def product(v: Tensor) -> Tensor:
-        (found,) = torch.autograd.grad(f0, z0, v.reshape(f0.shape).to(f0.dtype), retain_graph=True)
-        return found.detach().reshape(batch, -1)
+        (found,) = torch.autograd.grad(f0, z0, unpack(v).to(f0.dtype), retain_graph=True, allow_unused=True)
+        return torch.zeros_like(v) if found is None else pack(found)  # pyright: ignore[reportUnnecessaryComparison]
 
-    vectors, radii = power_iterate(product, torch.randn_like(z0).detach().reshape(batch, -1), n_iters)
-    return vectors.reshape(z0.shape), radii
+    vectors, radii = power_iterate(product, pack(torch.randn_like(z0)), n_iters)
+    return unpack(vectors), radii
+
+
+def _check(f0: Tensor, z0: Tensor) -> None:
+    if not (z0.requires_grad and f0.requires_grad):
+        raise FunctionError(
+            "f0 has no graph to z0; evaluate f with grad enabled on a state that requires it: "
+            "z0.requires_grad_(); f0 = f(z0)."
+        )
+    if f0.shape != z0.shape:
+        raise FunctionError(
+            f"f0 has shape {tuple(f0.shape)} and z0 {tuple(z0.shape)}; a fixed-point map keeps the shape."
+        )
 
 
 def fp_correction(
@@ -69,6 +98,9 @@ def fp_correction(
 
     Returns:
         the loss, or (loss, values).
+
+    Raises:
+        ConfigError, ConfigTypeError: no such weight function, an option it doesn't have, or no states at all.
     """
     return registry.get("regularizers", "fixed_point_correction").correct(
         crit, args, weight_func, return_loss_values, **kwargs

@@ -55,6 +55,7 @@ class Monitor:
         self.now = Best(z, nothing, nothing, 0)
         self.journal = Journal(self.rows, self.tolerance, self.now)
         self.lowest: Any = nothing  # every sample's lowest residual so far
+        self.start = 0.0  # worst residual at the first check
         self.unit = math.inf  # size of the tolerance and the rounding error, to know when a closer look is worth it
         self.improved_at = 0
         self.coupled = False  # rows of a composed state turned out to depend on each other
@@ -76,6 +77,8 @@ class Monitor:
             excess = self._excess(residual, size)
         self.now = Best(z, residual, size, step)
         self.journal.add(self.now)
+        if not self.checked:
+            self.start = float(rows.to64(residual).nan_to_num(0.0, 0.0, 0.0).max())
         self.checked.append(step)
         if self.keep_trace:
             self.trace.append((residual, size))
@@ -114,7 +117,9 @@ class Monitor:
             self.coupled = True
         if settings.patience is not None and step - self.improved_at >= settings.patience:
             return True
-        gone = residual > settings.divergence_factor * torch.maximum(rows.to64(self.lowest), tolerance.target(size))
+        # Against the start of all: where f couples rows, one may be still until the others' news arrive.
+        least = torch.maximum(rows.to64(self.lowest), tolerance.target(size)).clamp_min(self.start)
+        gone = residual > settings.divergence_factor * least
         return bool(gone.any()) and bool((gone | done).all())
 
     def _confirm(self, best: Best) -> bool:
@@ -150,7 +155,7 @@ class Monitor:
             bad = ~torch.isfinite(r) & ~frozen
         self.strikes = strikes
         if bool(frozen.any()):
-            self.frozen = frozen
+            self.frozen = self.journal.aside = frozen
             fz = torch.where(frozen.to(z.device)[:, None], z, fz)
             r = torch.where(frozen, rows.to64(best.residual), r)
             n = torch.where(frozen, rows.to64(best.size), n)

@@ -86,12 +86,9 @@ def apply_norm(
     spots = _find(model, norm, only, _as_list(prefix_filter_out), _as_list(filter_out))
     groups = _group(model, norm, [spot for spot in spots if not _is_on(spot, norm)])
     made = [(group, _make(norm, group[0])) for group in groups]
-    done: list[Spot] = []
     try:
-        for group, parametrization in made:
-            put_on(group, parametrization, done)
+        put_on(made)
     except (ValueError, RuntimeError) as error:
-        take_off(done)
         raise NormError(f"norm {norm.settings.name!r} gives no valid parametrization: {error}") from error
     return model
 
@@ -208,7 +205,12 @@ def _from_args(args: Any) -> tuple[dict[str, Any], set[str]]:
         if value is None:
             continue
         key = flat.path[1]
-        if name not in given if given is not None else value == flat.default:
+        chosen = name in given if given is not None else value != flat.default
+        if key == "no_scale":
+            if value not in (True, False):
+                raise ConfigTypeError(f"{name} must be true or false, got {value!r} ({type(value).__name__}).")
+            key, value = "learn_scale", not value
+        if not chosen:
             default.add(key)
         found[key] = value
     nested = _section(read["norm"]) if read.get("norm") is not None else {}
@@ -219,9 +221,6 @@ def _from_args(args: Any) -> tuple[dict[str, Any], set[str]]:
                 f"{type(args).__name__}: the norm's {key} is given as {found[key]!r} and {value!r}; give one."
             )
     found |= nested
-    if "no_scale" in found:
-        found["learn_scale"] = not found.pop("no_scale")
-        default |= {"learn_scale"} if "no_scale" in default else set()
     return found, default | {"n_power_iterations"}
 
 

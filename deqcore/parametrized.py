@@ -34,8 +34,28 @@ def parametrizations_on(spot: Spot) -> parametrize.ParametrizationList:
     return found[spot.tensor]
 
 
-def put_on(group: list[Spot], parametrization: nn.Module, done: list[Spot]) -> None:
-    """Parametrize the tensor that all of `group` share, so that they go on sharing it; those finished go to `done`."""
+def put_on(groups: list[tuple[list[Spot], nn.Module]]) -> None:
+    """Parametrize each group's tensor, which all of the group share, so that they go on sharing it.
+
+    Raises:
+        ValueError, RuntimeError: a parametrization does not fit its tensor; all tensors are then as they were.
+    """
+    # Registering may give a parameter other storage, so the tensor that holds its values is kept as well.
+    before = [(spot, getattr(spot.module, spot.tensor)) for group, _ in groups for spot in group]
+    values = [parameter.detach() for _, parameter in before]
+    done: list[Spot] = []
+    try:
+        for group, parametrization in groups:
+            _put_on_one(group, parametrization, done)
+    except (ValueError, RuntimeError):
+        take_off(done)
+        for (spot, parameter), value in zip(before, values, strict=True):
+            parameter.data = value
+            setattr(spot.module, spot.tensor, parameter)
+        raise
+
+
+def _put_on_one(group: list[Spot], parametrization: nn.Module, done: list[Spot]) -> None:
     first, *others = group
     parametrize.register_parametrization(first.module, first.tensor, parametrization)
     done.append(first)

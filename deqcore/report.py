@@ -19,6 +19,8 @@ FLOOR_SPACINGS = 4.0
 STALLED_AFTER = 20
 #: An unfinished sample whose last residual is this many times its lowest is called diverged.
 DIVERGED_BY = 10.0
+#: Residuals up to this many times the rounding error come and go where a run goes on after it has got there.
+JITTER = 100.0
 
 
 class Best:
@@ -54,12 +56,13 @@ class Tolerance:
     """
 
     def __init__(self, settings: SolverSettings, rows: Rows, scale: Tensor | None, eps: float) -> None:
-        atol, self.rtol = settings.thresholds()
+        atol, self.rtol = map(float, settings.thresholds())
         self.rows = rows
         self.floor = FLOOR_SPACINGS * eps
         self._atol64: Tensor | None = None
         self.fixed = atol == 0 and self.rtol == 0
-        self.atol: Any = rows.full(atol) if scale is None else rows.from64(atol * scale.detach().cpu().double())
+        #: One number for all samples, or rows.
+        self.atol: Any = atol if scale is None else rows.from64(atol * scale.detach().cpu().double())
 
     def limit(self, size: Tensor) -> Tensor:
         """Residuals at which the samples are done, float64, for sizes of shape (B,) or (B, K)."""
@@ -68,7 +71,8 @@ class Tolerance:
     def target(self, size: Tensor) -> Tensor:
         """Residuals that were asked for, float64, for sizes of shape (B,) or (B, K)."""
         if self._atol64 is None:
-            self._atol64 = self.rows.to64(self.atol)
+            one = isinstance(self.atol, float)
+            self._atol64 = size.new_full(size.shape[:1], self.atol) if one else self.rows.to64(self.atol)
         atol = self._atol64 if size.dim() == 1 else self._atol64[:, None]
         return atol + self.rtol * size if self.rtol else atol
 
@@ -147,7 +151,8 @@ class Report:
             failed = failed | self.frozen
         # Each line overrules the ones above it.
         status = torch.where(stale, int(Status.STALLED), int(Status.MAX_STEPS))
-        diverged = self.rows.to64(self.last) > DIVERGED_BY * self.traces()[0].nan_to_num(torch.inf).amin(1)
+        lowest = torch.maximum(self.traces()[0].nan_to_num(torch.inf).amin(1), JITTER * tolerance.floor * size)
+        diverged = self.rows.to64(self.last) > DIVERGED_BY * lowest
         status = torch.where(diverged, int(Status.DIVERGED), status)
         status = torch.where(residual <= tolerance.floor * size, int(Status.AT_PRECISION), status)
         status = torch.where(residual <= tolerance.target(size), int(Status.CONVERGED), status)

@@ -10,6 +10,7 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from itertools import chain
+from operator import sub
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +38,7 @@ class Rows(Protocol):
         ...
 
     def excess(self, residual: Any, size: Any, atol: Any, rtol: float) -> float:
-        """Largest residual - atol - rtol * size; not finite where some residual isn't."""
+        """Largest residual - atol - rtol * size, atol one number or rows; not finite where some residual isn't."""
         ...
 
     def lower(self, a: Any, b: Any) -> Any:
@@ -94,15 +95,13 @@ class _Lists:
     def full(self, value: float) -> list[float]:
         return [value] * self.batch
 
-    def excess(self, residual: list[float], size: list[float], atol: list[float], rtol: float) -> float:
-        worst = 0.0
-        highest = -math.inf
-        for r, n, a in zip(residual, size, atol, strict=True):
-            worst += r  # the sum tells of a NaN; max() would lose it
-            left = r - a - rtol * n
-            if left > highest:
-                highest = left
-        return highest if worst - worst == 0.0 else math.nan
+    def excess(self, residual: list[float], size: list[float], atol: list[float] | float, rtol: float) -> float:
+        total = sum(residual)  # tells of a NaN, which max() may lose
+        if total - total != 0.0:
+            return math.nan
+        if rtol:
+            residual = [r - rtol * n for r, n in zip(residual, size, strict=True)]
+        return max(residual) - atol if isinstance(atol, float) else max(map(sub, residual, atol))
 
     def lower(self, a: list[float], b: list[float]) -> list[float]:
         return [y if y < x else x for x, y in zip(a, b, strict=True)]
@@ -128,11 +127,10 @@ class _Tensors:
     def full(self, value: float) -> Tensor:
         return self.like.new_full((self.like.shape[0],), value)
 
-    def excess(self, residual: Tensor, size: Tensor, atol: Tensor, rtol: float) -> float:
-        left = residual - atol
+    def excess(self, residual: Tensor, size: Tensor, atol: Tensor | float, rtol: float) -> float:
         if rtol:
-            left = left.sub_(size, alpha=rtol)
-        return left.max().item()
+            residual = residual.sub(size, alpha=rtol)
+        return residual.max().item() - atol if isinstance(atol, float) else (residual - atol).max().item()
 
     def lower(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.fmin(a, b)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from .choice import Choice
+from .validation import prepare, translated
 
 __all__ = [
+    "BaseSettings",
     "CoreSettings",
     "GradientChoice",
     "GradientSettings",
@@ -22,23 +24,42 @@ __all__ = [
 ]
 
 
-class Settings(BaseModel):
-    """Base of all settings: frozen, unknown keys refused, every field with its type, default and meaning.
+class BaseSettings(BaseModel):
+    """A frozen table of typed values: unknown keys are refused, every field has its type, default and meaning.
+
+    Raises:
+        UnknownKeyError, ConfigTypeError, ConfigError: a wrong key, type or value; the text has its path.
 
     Attributes:
-        name: the name the implementation was picked by (``anderson``, or ``dist/anderson``).
         aliases: other names of fields, mostly TorchDEQ's (``m`` for ``memory``); class attribute.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="constants")
     aliases: ClassVar[dict[str, str]] = {}
 
-    name: str = Field("", description="the implementation, by its registered name or as dist/name")
+    def __init__(self, /, **values: Any) -> None:
+        with translated(type(self)):
+            super().__init__(**values)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prepare(cls, given: Any) -> Any:
+        return prepare(cls, given) if isinstance(given, Mapping) else given  # pyright: ignore[reportUnknownArgumentType]
 
     @classmethod
     def known_keys(cls) -> list[str]:
         """Every key a user may write, aliases included."""
         return [*cls.model_fields, *cls.aliases]
+
+
+class Settings(BaseSettings):
+    """Base of an implementation's settings.
+
+    Attributes:
+        name: the name the implementation was picked by (``anderson``, or ``dist/anderson``).
+    """
+
+    name: str = Field("", description="the implementation, by its registered name or as dist/name")
 
     @classmethod
     def own_fields(cls) -> Iterable[str]:
@@ -54,10 +75,17 @@ class SolverSettings(Settings):
     """What the kernel's loop needs to know, the same for every solver."""
 
     max_iter: int = Field(40, ge=0, description="largest number of steps; 0 hands z0 on (TorchDEQ's default)")
-    tol: float = Field(1e-3, ge=0, description="tolerance on the residual; 0 runs max_iter steps (TorchDEQ's default)")
+    tol: float = Field(
+        1e-3,
+        ge=0,
+        allow_inf_nan=False,
+        description="tolerance on the residual; 0 runs max_iter steps (TorchDEQ's default)",
+    )
     stop_mode: Literal["abs", "rel"] = Field("abs", description="residual ||f(z)-z||, or the same over ||f(z)||")
-    rtol: float | None = Field(None, ge=0, description="with atol instead of tol: stop at atol + rtol * ||f(z)||")
-    atol: float | None = Field(None, ge=0, description="see rtol; 0 where only rtol is given")
+    rtol: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="with atol instead of tol: stop at atol + rtol * ||f(z)||"
+    )
+    atol: float | None = Field(None, ge=0, allow_inf_nan=False, description="see rtol; 0 where only rtol is given")
     residual_norm: Literal["l2", "rms", "max"] = Field("l2", description="vector norm over the features of a sample")
     return_final: bool = Field(False, description="run all steps and return the last state, not the best")
     patience: int | None = Field(None, ge=1, description="stop when no sample improved for this many judged steps")
@@ -69,7 +97,11 @@ class SolverSettings(Settings):
     def _one_tolerance(self) -> SolverSettings:
         given = self.model_fields_set
         if given & {"tol", "stop_mode"} and (self.rtol is not None or self.atol is not None):
-            raise ValueError("give either tol (with stop_mode) or rtol/atol, not both")
+            tolerance = ", ".join(f"{key}={getattr(self, key)!r}" for key in ("tol", "stop_mode") if key in given)
+            raise ValueError(
+                f"give either tol (with stop_mode) or rtol/atol, not both: {tolerance}, "
+                f"rtol={self.rtol!r}, atol={self.atol!r}"
+            )
         return self
 
     def thresholds(self) -> tuple[float, float]:
@@ -89,8 +121,9 @@ class CoreSettings(Settings):
     n_states: int = Field(1, ge=1, description="states to return in training, evenly spaced over the steps")
     indexing: tuple[int, ...] = Field((), description="steps whose states to return besides the last, increasing")
     intermediate: tuple[GradientChoice, ...] = Field(
-        (), description="gradients of the states before the last; one for all, or one each. Default: the last one's, "
-        "or one phantom step where that one needs an equilibrium"
+        (),
+        description="gradients of the states before the last; one for all, or one each. Default: the last one's, "
+        "or one phantom step where that one needs an equilibrium",
     )
 
     @model_validator(mode="after")
@@ -115,18 +148,9 @@ class NormSettings(Settings):
 class RegularizerSettings(Settings):
     """Settings of a regularizer."""
 
-    weight: float = Field(1.0, ge=0, description="factor of this penalty in info['regularization']")
-
-
-def _chooser(kind: str) -> Any:
-    """A pydantic type for "an implementation of `kind`": a name, a dict with a name, or settings already made."""
-
-    def choose(value: Any) -> Any:
-        from .registry import registry
-
-        return registry.settings(kind, value)
-
-    return BeforeValidator(choose)
+    weight: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="factor of this penalty in info['regularization']"
+    )
 
 
 if TYPE_CHECKING:
@@ -136,10 +160,10 @@ if TYPE_CHECKING:
     RegularizerChoice = RegularizerSettings
     CoreChoice = CoreSettings
 else:
-    SolverChoice = Annotated[SerializeAsAny[SolverSettings], _chooser("solvers")]
-    GradientChoice = Annotated[SerializeAsAny[GradientSettings], _chooser("gradients")]
-    NormChoice = Annotated[SerializeAsAny[NormSettings], _chooser("norms")]
-    RegularizerChoice = Annotated[SerializeAsAny[RegularizerSettings], _chooser("regularizers")]
-    CoreChoice = Annotated[SerializeAsAny[CoreSettings], _chooser("cores")]
+    SolverChoice = Annotated[SerializeAsAny[SolverSettings], Choice("solvers")]
+    GradientChoice = Annotated[SerializeAsAny[GradientSettings], Choice("gradients")]
+    NormChoice = Annotated[SerializeAsAny[NormSettings], Choice("norms")]
+    RegularizerChoice = Annotated[SerializeAsAny[RegularizerSettings], Choice("regularizers")]
+    CoreChoice = Annotated[SerializeAsAny[CoreSettings], Choice("cores")]
 
 CoreSettings.model_rebuild()

@@ -11,39 +11,51 @@ from .problem import Problem
 
 __all__ = ["power_iterate", "spectral_radius"]
 
-#: A Krylov vector shorter than this, relative to the eigenvalue estimate, is rounding: the first one is an eigenvector.
-COLLINEAR = 1e-5
+#: Size of the Krylov space that eigenvalues are read from. Of 100 Gaussian 30 x 30 matrices, after 100 power steps, it is
+#: 1e-7 off in the worst case with 12, and off by half with a plane (2).
+KRYLOV = 12
+#: What is left of a Krylov vector below this many rounding errors is noise: the space found is invariant.
+NOISE = 100
 
 
 def power_iterate(product: Callable[[Tensor], Tensor], v: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Dominant direction and largest |eigenvalue|, sample by sample.
 
-    Power steps turn `v` into the dominant invariant subspace, a line, or a plane where the largest eigenvalues are a complex
-    pair (or two real ones of one size). Two Arnoldi steps from there give the map on that plane as a 2 x 2 matrix,
-    whose eigenvalues are exact in both cases; a Rayleigh quotient alone is meaningless for a complex pair.
+    Power steps turn `v` into the dominant invariant subspace: a line, or more where several eigenvalues are about the
+    same size, as the two of a complex pair are. Arnoldi's method from there gives the map on that subspace as a small
+    matrix, whose eigenvalues are those wanted; a Rayleigh quotient alone is meaningless for a complex pair.
 
     Args:
-        product: v -> J^T v (or J v) on (batch, features) tensors.
+        product: v -> J^T v (or J v) on real (batch, features) tensors.
         v: start, shape (batch, features).
-        steps: power steps, each one product; two more follow.
+        steps: power steps, each one product; as many as there are features, 12 at most, follow.
 
     Returns:
         unit vectors, shape (batch, features), and radii, shape (batch,).
+
+    Source: Saad, Numerical Methods for Large Eigenvalue Problems (2011), algorithm 6.2.
     """
     for _ in range(max(steps, 0)):
-        v = _unit(product(_unit(v)))
+        v = product(_unit(v))
     first = _unit(v)
-    image = product(first)
-    h11 = (first * image).sum(1)
-    rest = image - h11[:, None] * first
-    h21 = torch.linalg.vector_norm(rest, dim=1)
-    second = _unit(rest)
-    mapped = product(second)
-    h12, h22 = (first * mapped).sum(1), (second * mapped).sum(1)
-    line = h21 <= COLLINEAR * torch.linalg.vector_norm(image, dim=1).clamp_min(torch.finfo(v.dtype).tiny)
-    plane = torch.stack((torch.stack((h11, h12), 1), torch.stack((h21, h22), 1)), 1)
-    radius = torch.linalg.eigvals(plane.nan_to_num()).abs().amax(1)
-    return _unit(image), torch.where(line, h11.abs(), radius).to(v.dtype)
+    batch, features = first.shape
+    size = min(KRYLOV, features)
+    basis = first[:, None]
+    mapped = first.new_zeros(batch, size, size)
+    for j in range(size):
+        image = product(basis[:, j])
+        rest = image
+        for _ in range(2):  # once is not enough in floating point
+            part = torch.einsum("bkf,bf->bk", basis, rest)
+            rest = rest - torch.einsum("bkf,bk->bf", basis, part)
+            mapped[:, : j + 1, j] += part
+        if j + 1 < size:
+            left = torch.linalg.vector_norm(rest, dim=1)
+            found = left > NOISE * torch.finfo(v.dtype).eps * torch.linalg.vector_norm(image, dim=1)
+            mapped[:, j + 1, j] = torch.where(found, left, 0.0)
+            basis = torch.cat((basis, torch.where(found[:, None], _unit(rest), 0.0)[:, None]), 1)
+    radius = torch.linalg.eigvals(mapped.nan_to_num()).abs().amax(1)
+    return first, radius.to(v.dtype)
 
 
 def _unit(v: Tensor) -> Tensor:
@@ -51,7 +63,7 @@ def _unit(v: Tensor) -> Tensor:
 
 
 def spectral_radius(problem: Problem, z: Tensor, steps: int = 100) -> Tensor:
-    """Spectral radius of df/dz at packed state `z`, shape (batch,), by `steps` + 2 products with J^T."""
+    """Spectral radius of df/dz at packed state `z`, shape (batch,), by `steps` + 12 products with J^T at most."""
     with torch.enable_grad():
         linearized = problem.linearize(z)
     with torch.no_grad():

@@ -69,4 +69,4 @@ def mixed_init(
         dtype: floating dtype of the state; torch's default if None.
     """
     z = torch.randn(*z_shape, device=device, dtype=dtype)
-    return z * torch.empty_like(z).bernoulli_(0.5)
+    return z * torch.empty(z.shape, device=z.device, dtype=z.dtype.to_real()).bernoulli_(0.5)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
 import sys
 import threading
 import warnings
@@ -384,7 +386,9 @@ def test_one_module_may_bring_several_kinds(site):
     source = SOLVER + "\nfrom deqcore import Core\nclass Mine(Core): pass\n@hookimpl\ndef deqcore_core(): return Mine\n"
     points = {"deqcore.solvers": {"a": "acme_double", "b": "acme_double"}, "deqcore.cores": {"c": "acme_double"}}
     site.install("acme", {"acme_double": source}, points)
-    assert registry.get("solvers", "a") is registry.get("solvers", "b") is sys.modules["acme_double"].Halfway
+    site.solver("bolt", "between", "bolt_between")
+    for name, module in (("a", "acme_double"), ("between", "bolt_between"), ("b", "acme_double")):
+        assert registry.get("solvers", name) is sys.modules[module].Halfway
     assert registry.get("cores", "c") is sys.modules["acme_double"].Mine
 
 
@@ -412,8 +416,10 @@ def test_a_distribution_without_metadata(site):
     assert entry.origin == "unknown distribution" and registry.state_of(entry) == ("ok", "")
 
 
-def test_unreadable_entry_points_are_left_out_with_a_warning(site):
+def test_unreadable_entry_points_are_left_out_with_a_warning(site, tmp_path, monkeypatch):
     site.solver("acme-good", "good", "acme_good")
+    shutil.copytree(site.path, tmp_path / "behind")  # another copy, further down the path, is nobody's rival
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "behind")])
     site.solver("acme-torn", "torn", "acme_torn")
     site.path.joinpath("acme_torn-1.2.3.dist-info", "entry_points.txt").write_text(
         "[deqcore.solvers]\nno equals sign\n"
@@ -698,6 +704,8 @@ def test_local_registrations_can_be_switched_off_too(monkeypatch):
         register_solver("mine", Halfway)
         monkeypatch.setenv(ALLOW, "acme/*")  # what is allowed in speaks of what is installed
         assert registry.get("solvers", "mine") is Halfway
+        monkeypatch.setenv(DISABLE, "third-party")
+        assert registry.get("solvers", "mine") is Halfway
         for pattern in ("solvers:mine", f"local:{__name__}/*", "local:*/mine"):
             monkeypatch.setenv(DISABLE, pattern)
             with pytest.raises(PluginDisabledError):
@@ -784,7 +792,12 @@ def test_scope_undoes_a_refresh(site):
 
 
 def test_refresh_sees_what_was_installed_and_removed(site):
+    with pytest.raises(ModuleNotFoundError):
+        __import__("acme_fresh")  # Python has now read the folder, and looks again only when its time stamp changes
+    stamp = site.path.stat().st_mtime_ns
     site.solver("acme", "fresh", "acme_fresh")
+    os.utime(site.path, ns=(stamp, stamp))
+    registry.refresh()
     assert issubclass(registry.get("solvers", "fresh"), Solver)
     for file in site.path.joinpath("acme-1.2.3.dist-info").iterdir():
         file.unlink()

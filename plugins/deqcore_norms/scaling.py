@@ -121,4 +121,5 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def _full_precision(weight: Tensor) -> AbstractContextManager[Any]:
     """Autocast off: products in half precision are too coarse for a norm."""
     device = weight.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()

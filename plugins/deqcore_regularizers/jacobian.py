@@ -28,6 +28,8 @@ class Jacobian(Regularizer[JacobianSettings]):
 
     def penalty(self, problem: Problem, states: Sequence[Tensor]) -> Tensor:
         linearized = problem.linearize(states[-1])
+        if not linearized.fz.requires_grad:
+            return linearized.z.new_zeros(())
         return self.estimate(linearized.fz, linearized.z, self.settings.vecs, create_graph=True)
 
     @staticmethod
@@ -38,8 +40,9 @@ class Jacobian(Regularizer[JacobianSettings]):
         total = z0.new_zeros((), dtype=z0.dtype.to_real())
         for _ in range(vecs):
             v = torch.randn_like(f0)
-            (product,) = torch.autograd.grad(f0, z0, v, retain_graph=True, create_graph=create_graph)
-            total = total + product.abs().square().sum()
+            (product,) = torch.autograd.grad(f0, z0, v, retain_graph=True, create_graph=create_graph, allow_unused=True)
+            if product is not None:  # pyright: ignore[reportUnnecessaryComparison]  # None: f0 doesn't depend on z0
+                total = total + product.abs().square().sum()
         return total / vecs / z0.numel()
 
 

@@ -32,7 +32,8 @@ class AndersonSettings(SolverSettings):
 
 @dataclass
 class AndersonState:
-    """History of the last `count` (at most memory) differences, as ring buffers of shape (B, memory, F)."""
+    """The last differences as ring buffers of shape (B, memory, F), zero until filled, and their Gram matrix, the
+    identity until filled: so every step works on whole, contiguous buffers. `count` differences were ever stored."""
 
     residuals: Tensor
     images: Tensor
@@ -64,9 +65,9 @@ class Anderson(Solver[AndersonSettings]):
         batch, features = z.shape
         memory = min(self.settings.memory, max(self.settings.max_iter - 1, 1))
         return AndersonState(
-            residuals=z.new_empty(batch, memory, features),
-            images=z.new_empty(batch, memory, features),
-            gram=z.new_zeros(batch, memory, memory),
+            residuals=z.new_zeros(batch, memory, features),
+            images=z.new_zeros(batch, memory, features),
+            gram=torch.eye(memory, dtype=z.dtype, device=z.device).repeat(batch, 1, 1),
             count=0,
             residual=None,
             image=None,
@@ -81,42 +82,39 @@ class Anderson(Solver[AndersonSettings]):
     def step(self, problem: Problem, z: Tensor, fz: Tensor, state: AndersonState) -> Step:
         residual = fz - z
         if state.residual is not None and state.image is not None:
-            self._remember(state, residual, state.residual, fz, state.image)
+            self._remember(state, residual - state.residual, fz - state.image)
         state.residual, state.image = residual, fz
         if state.count == 0:
             damping = self.settings.damping
             return Step(fz if damping == 1.0 else torch.lerp(z, fz, damping), state)
         return Step(self._mix(state, residual, fz), state)
 
-    def _remember(
-        self, state: AndersonState, residual: Tensor, last_residual: Tensor, image: Tensor, last_image: Tensor
-    ) -> None:
+    def _remember(self, state: AndersonState, d_residual: Tensor, d_image: Tensor) -> None:
         """Put the newest differences, and their row of the Gram matrix, in place of the oldest."""
-        memory = state.gram.shape[1]
-        slot, count = state.count % memory, min(state.count + 1, memory)
-        torch.sub(residual, last_residual, out=state.residuals.select(1, slot))
-        torch.sub(image, last_image, out=state.images.select(1, slot))
-        row = torch.bmm(state.residuals.narrow(1, slot, 1), state.residuals.narrow(1, 0, count).mT)
-        ridge = self.settings.ridge
-        diagonal = row.select(2, slot).mul_(1 + (RIDGE[row.dtype] if ridge is None else ridge))
-        diagonal.add_(self.settings.absolute_ridge + torch.finfo(row.dtype).tiny)  # a sample at rest stays solvable
-        gram = state.gram.narrow(1, 0, count).narrow(2, 0, count)
-        gram.narrow(1, slot, 1).copy_(row)
-        if slot < count - 1:  # the Cholesky factor reads the lower triangle only
-            gram.narrow(2, slot, 1).copy_(row.mT)
+        gram, settings = state.gram, self.settings
+        slot = state.count % gram.shape[1]
+        state.residuals[:, slot] = d_residual
+        state.images[:, slot] = d_image
+        row = torch.bmm(d_residual[:, None], state.residuals.mT)
+        diagonal = row[:, :, slot]
+        diagonal.mul_(1 + (RIDGE[row.dtype] if settings.ridge is None else settings.ridge))
+        if settings.absolute_ridge:
+            diagonal.add_(settings.absolute_ridge)
+        row = row[:, 0]
+        gram[:, slot] = row
+        gram[:, :, slot] = row
         state.count += 1
 
     def _mix(self, state: AndersonState, residual: Tensor, fz: Tensor) -> Tensor:
-        count = min(state.count, state.gram.shape[1])
-        residuals, images = state.residuals.narrow(1, 0, count), state.images.narrow(1, 0, count)
-        factor, info = torch.linalg.cholesky_ex(state.gram.narrow(1, 0, count).narrow(2, 0, count))
+        residuals = state.residuals
+        factor, info = torch.linalg.cholesky_ex(state.gram)
         weights = torch.cholesky_solve(torch.bmm(residual[:, None], residuals.mT).mT, factor).mT
-        # A sample whose factor broke down takes a plain step.
-        if info.is_cuda:  # asking would wait for the device
+        # A sample whose factor broke down (it stopped moving, or its differences are parallel) takes a plain step.
+        if info.is_cuda:  # asking whether there is one would wait for the device
             weights = weights.masked_fill(info[:, None, None] != 0, 0.0)
         elif info.any():
             weights = torch.where(info[:, None, None] != 0, 0.0, weights)
-        mixed = torch.baddbmm(fz[:, None], weights, images, alpha=-1)[:, 0]
+        mixed = torch.baddbmm(fz[:, None], weights, state.images, alpha=-1)[:, 0]
         damping = self.settings.damping
         if damping == 1.0:
             return mixed
