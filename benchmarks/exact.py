@@ -60,8 +60,8 @@ def table() -> Table:
     result = Table(
         "Problems with exact answers, relative residual 1e-12",
         ("problem", *(f"{who}{name}" for name in names for who in ("TorchDEQ ", ""))),
-        notes=f"float64. Evaluations of f, and the error of what is returned (of the mean for Chandrasekhar's H, otherwise the "
-        f"largest of all elements); at most {MOST} steps.",
+        notes="float64. Evaluations of f, and the error of what is returned (of the mean for Chandrasekhar's H, else "
+        f"the largest of all elements); at most {MOST} steps.",
     )
     problems = [
         Exact(

@@ -113,7 +113,7 @@ def six(name: str, seed: int, dtype: torch.dtype = torch.float64, batch: int = 3
 
 
 def even(batch: int, d: int, seed: int = 0) -> TanhMap:
-    """A hard map, float32: .99 times an orthogonal matrix. Every sample's residual falls a little at every iteration."""
+    """A hard map, float32: .99 times an orthogonal matrix. Every residual falls a little at every iteration."""
     g = torch.Generator().manual_seed(seed)
     q, _ = torch.linalg.qr(torch.randn(d, d, generator=g))
     return TanhMap(0.99 * q, 0.01 * torch.randn(batch, d, generator=g))

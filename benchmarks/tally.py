@@ -9,7 +9,7 @@ from deqcore import Solution, Status
 __all__ = ["LEGEND", "Tally", "says"]
 
 LEGEND = (
-    "`n F`: n of the seeds ended without it; `n !`: says it got there, what it returned did not; `n P`: n of those counted "
+    "n F: n of the seeds ended without it; n !: says it got there, what it returned did not; n P: n of those counted "
     "stopped at the rounding error of the dtype, above the tolerance, and say so."
 )
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 __all__ = ["Spread", "paired_ratios", "per_call"]
 
-#: A measurement shorter than this many seconds is repeated until it is as long: the clock and the caches need it.
+#: A measurement shorter than this many seconds is repeated until it is as long: clock and caches need it.
 SHORTEST = 2e-3
 
 Case = Callable[[], Any]
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Spread:
@@ -37,7 +38,7 @@ def _digits(value: float) -> str:
 
 
 def _seconds(case: Case, repeats: int) -> float:
-    """Time of one call: that of this thread on a core, which other processes don't add to."""
+    """Time of one call: that of this thread on its core, to which other processes add little."""
     start = time.thread_time()
     for _ in range(repeats):
         case()
@@ -49,7 +50,7 @@ def _repeats(case: Case) -> int:
     return max(1, round(SHORTEST / max(_seconds(case, 1), 1e-6)))
 
 
-def paired_ratios(reference: Case, cases: Mapping[str, Case], rounds: int) -> tuple[Spread, dict[str, Spread]]:
+def paired_ratios(reference: Case, cases: Mapping[Name, Case], rounds: int) -> tuple[Spread, dict[Name, Spread]]:
     """Seconds of `reference`, and each case's time over that of the reference run right before it.
 
     Each round visits all cases, so that what drifts over minutes meets all of them.
@@ -57,7 +58,7 @@ def paired_ratios(reference: Case, cases: Mapping[str, Case], rounds: int) -> tu
     once = _repeats(reference)
     repeats = {name: _repeats(case) for name, case in cases.items()}
     seconds: list[float] = []
-    ratios: dict[str, list[float]] = {name: [] for name in cases}
+    ratios: dict[Name, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
             base = _seconds(reference, once)
@@ -66,10 +67,10 @@ def paired_ratios(reference: Case, cases: Mapping[str, Case], rounds: int) -> tu
     return Spread(seconds), {name: Spread(values) for name, values in ratios.items()}
 
 
-def per_call(cases: Mapping[str, Case], rounds: int) -> dict[str, Spread]:
+def per_call(cases: Mapping[Name, Case], rounds: int) -> dict[Name, Spread]:
     """Seconds of one call of each case, interleaved."""
     repeats = {name: _repeats(case) for name, case in cases.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    seconds: dict[Name, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
             seconds[name].append(_seconds(case, repeats[name]))

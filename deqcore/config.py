@@ -208,7 +208,7 @@ class Arguments(Namespace):
             if part not in getattr(found, "model_fields_set", ()):
                 return default
             found = getattr(found, part)
-        return found
+        return default if key in FLAT and found == FLAT[key].default else found
 
 
 # ---- sources

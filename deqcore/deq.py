@@ -14,6 +14,7 @@ from .choice import overlay
 from .config import Arguments, DEQConfig
 from .errors import ConfigError, ConfigTypeError, FunctionTypeError, StateError, StateTypeError
 from .frames import caller
+from .functions import FactoryCore
 from .interfaces import Core, GradientBackend, Regularizer, Solver, Stretch
 from .iterate import Callback, Run, iterate
 from .problem import Problem
@@ -106,7 +107,8 @@ class DEQ(nn.Module):
             sradius_mode: in eval mode, estimate the spectral radius of df/dz at the result.
             backward_writer: called with the Solution of every backward solve.
             warm_start: an earlier call's info, to start from its state (and solver state, with ``keep_state=True``).
-            callback: called as callback(step, z, residual) at every judged step, on packed states.
+            callback: called as callback(step, z, residual) at every judged step, on packed states; `step` counts from
+                the start of the call.
             progress: show a progress bar of the steps.
 
         Returns:
@@ -173,7 +175,7 @@ class DEQ(nn.Module):
                 )
         base = {key: getattr(settings, key) for key in settings.model_fields_set}
         limit = {} if self.training else {"max_iter": self._eval_steps()}
-        values = overlay({**base, **limit}, rename(kind, given))
+        values = overlay({**base, **limit}, rename(kind, given, "solver_kwargs"))
         return type(self.solver)(validate(kind, values, "solver_kwargs", owner=f"solver {settings.name!r}"))
 
     def _eval_steps(self) -> int:
@@ -262,7 +264,8 @@ class _Call:
         self.callback = callback
         self.warm_state = warm_state
 
-    def solve(self, z: Tensor, steps: int, sample_at: list[int]) -> Run:
+    def solve(self, z: Tensor, steps: int, sample_at: list[int], start: int = 0) -> Run:
+        """Solve for `steps` steps from `z`, which earlier stretches reached at step `start`."""
         solver = self.solver
         settings = cast(SolverSettings, solver.settings)
         if steps != settings.max_iter:
@@ -278,7 +281,7 @@ class _Call:
                 keep_trace=config.keep_trace,
                 keep_state=config.keep_state,
                 warm_state=self.warm_state,
-                callback=self.callback,
+                callback=self.callback if start == 0 else _counting_from(start, self.callback),
             )
         solution = run.solution
         self.warm_state = None
@@ -303,7 +306,7 @@ class _Call:
         while first < len(plan):
             last = next((k for k in range(first, len(plan)) if plan[k].resume), len(plan) - 1)
             stretches = plan[first : last + 1]
-            run = self.solve(z, stretches[-1].stop - start, [s.stop - start for s in stretches[:-1]])
+            run = self.solve(z, stretches[-1].stop - start, [s.stop - start for s in stretches[:-1]], start)
             if last == len(plan) - 1:
                 self.judge(run.solution)
             states += self._attach_all(stretches, run)
@@ -345,6 +348,10 @@ class _Call:
         return [state], solution
 
 
+def _counting_from(start: int, callback: Callback | None) -> Callback | None:
+    return None if callback is None else lambda step, z, residual: callback(start + step, z, residual)
+
+
 def get_deq(args: Any = None, **keywords: Any) -> Any:
     """Make a DEQ from any configuration.
 
@@ -366,10 +373,10 @@ def get_deq(args: Any = None, **keywords: Any) -> Any:
         True
     """
     config = DEQConfig.load(args, **keywords)
-    factory = getattr(registry.get("cores", config.core.name), "factory", None)
-    if factory is None:
+    core = registry.get("cores", config.core.name)
+    if not issubclass(core, FactoryCore):
         return DEQ(config)
-    return factory(args if isinstance(args, Mapping) and not keywords else Arguments(config, args, keywords))
+    return core.factory(args if isinstance(args, Mapping) and not keywords else Arguments(config, args, keywords))
 
 
 def reset_deq(model: nn.Module) -> None:

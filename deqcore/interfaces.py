@@ -51,7 +51,9 @@ class Plugin(Generic[S]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for base in getattr(cls, "__orig_bases__", ()):
+        if "settings_type" in cls.__dict__:
+            return
+        for base in cls.__dict__.get("__orig_bases__", ()):
             for argument in typing.get_args(base):
                 if isinstance(argument, type) and issubclass(argument, Settings):
                     cls.settings_type = argument
@@ -69,7 +71,7 @@ class Step(NamedTuple):
 
 
 class Solver(Plugin[SolverS]):
-    """A fixed-point method: how to get from one state to the next. The loop, the stop test and the counts are the kernel's.
+    """A fixed-point method: how to get from one state to the next. Loop, stop test and counts are the kernel's.
 
     All tensors are packed: shape (batch, features), at least float32, without grad.
     """
@@ -186,7 +188,7 @@ class Norm(Plugin[NormS]):
     targets: ClassVar[dict[type[nn.Module], tuple[tuple[str, int | None], ...]]] = {}
 
     def parametrization(self, weight: Tensor, dim: int | None) -> nn.Module:
-        """The module whose forward makes the weight, for :func:`torch.nn.utils.parametrize.register_parametrization`."""
+        """The module whose forward makes the weight, for torch's ``register_parametrization``."""
         raise NotImplementedError(f"{type(self).__name__} defines no parametrization()")
 
 
@@ -203,5 +205,3 @@ class Regularizer(Plugin[RegularizerS]):
             states: packed states returned by this call, in order, with their gradients; the last is the equilibrium.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no penalty()")
-
-

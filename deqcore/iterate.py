@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from copy import deepcopy
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -60,12 +61,20 @@ def iterate(
     if torch.is_autocast_enabled(device):  # for f, which the problem calls under it; solvers compute in full precision
         with torch.autocast(device, enabled=False):
             return iterate(
-                solver, problem, z, sample_at=sample_at, scale=scale, check_every=check_every, keep_trace=keep_trace,
-                keep_state=keep_state, warm_state=warm_state, callback=callback,
+                solver,
+                problem,
+                z,
+                sample_at=sample_at,
+                scale=scale,
+                check_every=check_every,
+                keep_trace=keep_trace,
+                keep_state=keep_state,
+                warm_state=warm_state,
+                callback=callback,
             )
     settings = cast(SolverSettings, solver.settings)
     last = settings.max_iter
-    z = problem.round(z)
+    z = start = problem.round(z)
     monitor = Monitor(problem, z, settings, scale, keep_trace)
     if last == 0:
         return Run(monitor.skipped(), [z] * len(sample_at))
@@ -77,11 +86,13 @@ def iterate(
     fz, stop, rounds = problem(z), False, problem.rounds
     if solver.monitored:
         z, fz, stop = monitor.judge(0, z, fz)
-    state: Any = solver.resume(problem, z, fz, warm_state) if warm_state is not None else solver.init(problem, z, fz)
+    method = cast("Solver[Any]", solver)  # a linear solver is given a linear problem
+    kept = deepcopy(warm_state)  # the solution that it comes from may be used again
+    state: Any = method.resume(problem, z, fz, kept) if kept is not None else method.init(problem, z, fz)
     samples: list[Tensor] = []
     k = 0
     while not stop and k < last:
-        z, state, fz = solver.step(problem, z, fz, state)
+        z, state, fz = method.step(problem, z, fz, state)
         k += 1
         if monitor.frozen is not None:
             z, fz = monitor.hold(z), None
@@ -93,12 +104,14 @@ def iterate(
             strikes = monitor.strikes
             z, fz, stop = monitor.judge(k, z, fz)
             if check_every > 1 and monitor.strikes is not strikes:  # NaN may have got into the history unseen
-                state = solver.init(problem, z, fz)
+                state = method.init(problem, z, fz)
             if callback is not None:
                 callback(k, z, monitor.rows.to64(monitor.now.residual).to(z))
         if k in sample_at and not stop:
             samples.append(z if keep_last else monitor.journal.best().z)
     solution = monitor.finish(k, keep_last)
+    if solution["z"].untyped_storage().data_ptr() == start.untyped_storage().data_ptr():
+        solution["z"] = solution["z"].clone()  # the start, or a view of it that f gave back
     if not solver.monitored:
         solution.accepted = (Status.MAX_STEPS, Status.STALLED)
     if keep_state:

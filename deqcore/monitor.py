@@ -90,7 +90,7 @@ class Monitor:
         before, self.lowest = self.lowest, rows.lower(self.lowest, residual)
         if self.settings.patience is not None and bool((rows.to64(self.lowest) < rows.to64(before)).any()):
             self.improved_at = step
-        far = excess > NEAR * self.unit and len(self.checked) % LOOK_EVERY
+        far = excess > NEAR * self.unit and len(self.checked) % LOOK_EVERY and self.settings.patience is None
         return z, fz, not far and self._look_closer(step)
 
     def _excess(self, residual: Any, size: Any) -> float:
@@ -181,7 +181,9 @@ class Monitor:
                 self.final = self.now
             elif isinstance((best := self.journal.best()).step, int):
                 self.final = best
-            elif self.tolerance.fixed or self.coupled or not self._confirm(best):  # a fixed run has no evaluation to spare
+            elif (
+                self.tolerance.fixed or self.coupled or not self._confirm(best)
+            ):  # a fixed run has no evaluation to spare
                 self.final = self.journal.common()
         return self._report(self.final or self.now, steps)
 

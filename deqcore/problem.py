@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .state import StateSpec
 
-__all__ = ["Linearization", "LinearProblem", "Problem"]
+__all__ = ["LinearProblem", "Linearization", "Problem"]
 
 #: Rounding error in half precision over that in float32 or float64, both in spacings. Sums are kept wider than half
 #: precision: residuals get down to 0.1 to 0.5 of its spacings, and to 0.3 to 3 of those of float32 or float64.
@@ -43,7 +43,7 @@ class Problem:
 
     @classmethod
     def of(cls, fn: Callable[..., Any], spec: StateSpec, args: tuple[Any, ...] = ()) -> Problem:
-        """The problem of the user's `fn`, called with the state as the user wrote it, under the autocast now in force."""
+        """The problem of the user's `fn`, called with the state as the user wrote it, under the present autocast."""
         call, device = spec.wrap(fn, args), spec.device.type
         if not torch.is_autocast_enabled(device):
             return cls(call, spec)
@@ -111,7 +111,7 @@ class Linearization:
         (product,) = torch.autograd.grad(
             self.fz, self.z, cotangent, retain_graph=True, create_graph=create_graph, allow_unused=True
         )
-        return torch.zeros_like(cotangent) if product is None else product
+        return torch.zeros_like(cotangent) if product is None else product  # pyright: ignore
 
     def jvp(self, tangent: Tensor) -> Tensor:
         """J @ tangent, shape (batch, features), as the vjp of the vjp: works for any autograd function in f."""
@@ -121,10 +121,10 @@ class Linearization:
         with torch.enable_grad():
             dummy = torch.zeros_like(self.fz, requires_grad=True)
             (pulled,) = torch.autograd.grad(self.fz, self.z, dummy, create_graph=True, allow_unused=True)
-        if pulled is None or not pulled.requires_grad:
+        if pulled is None or not pulled.requires_grad:  # pyright: ignore
             return torch.zeros_like(tangent)
         (product,) = torch.autograd.grad(pulled, dummy, tangent, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(tangent) if product is None else product
+        return torch.zeros_like(tangent) if product is None else product  # pyright: ignore
 
 
 class LinearProblem(Problem):
@@ -163,7 +163,9 @@ class LinearProblem(Problem):
             NotImplementedError: the transposed product is not available.
         """
         if self._rproduct is None:
-            raise NotImplementedError("this linear problem has no transposed product; use a solver that doesn't need one")
+            raise NotImplementedError(
+                "this linear problem has no transposed product; use a solver that doesn't need one"
+            )
         self.nfe += 1
         return u - self._rproduct(u)
 

@@ -21,6 +21,8 @@ STALLED_AFTER = 20
 DIVERGED_BY = 10.0
 #: Residuals up to this many times the rounding error come and go where a run goes on after it has got there.
 JITTER = 100.0
+#: A residual up to this factor above the lowest one is as low.
+SAME = 1.000001
 
 
 class Best:
@@ -145,14 +147,18 @@ class Report:
         if self.frozen is None and self.rows.excess(final.residual, final.size, tolerance.atol, tolerance.rtol) <= 0:
             return torch.zeros(self.batch, dtype=torch.int64)  # the usual end: all converged
         residual, size = final.to64(self.rows)
-        stale = self.step_count - final.steps(self.batch) >= self.stale_after
+        trace = self.traces()[0].nan_to_num(torch.inf)
+        lowest = trace.amin(1)
+        found = final.steps(self.batch)
+        if self.trace:  # the first of equals: `final` is the last of them
+            found = torch.tensor(self.checked)[(trace <= SAME * lowest[:, None]).int().argmax(1)]
+        stale = self.step_count - found >= self.stale_after
         failed = ~torch.isfinite(residual)
         if self.frozen is not None:
             failed = failed | self.frozen
         # Each line overrules the ones above it.
         status = torch.where(stale, int(Status.STALLED), int(Status.MAX_STEPS))
-        lowest = torch.maximum(self.traces()[0].nan_to_num(torch.inf).amin(1), JITTER * tolerance.floor * size)
-        diverged = self.rows.to64(self.last) > DIVERGED_BY * lowest
+        diverged = self.rows.to64(self.last) > DIVERGED_BY * torch.maximum(lowest, JITTER * tolerance.floor * size)
         status = torch.where(diverged, int(Status.DIVERGED), status)
         status = torch.where(residual <= tolerance.floor * size, int(Status.AT_PRECISION), status)
         status = torch.where(residual <= tolerance.target(size), int(Status.CONVERGED), status)

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import sub
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -90,7 +90,8 @@ class _Lists:
     @staticmethod
     def _measure_tiny(z: Tensor, fz: Tensor) -> tuple[list[float], list[float]]:
         images: list[list[float]] = fz.tolist()
-        return list(map(math.dist, z.tolist(), images)), [math.hypot(*image) for image in images]
+        pairs = zip(cast("list[list[float]]", z.tolist()), images, strict=True)
+        return [math.dist(*pair) for pair in pairs], [math.hypot(*image) for image in images]
 
     def full(self, value: float) -> list[float]:
         return [value] * self.batch

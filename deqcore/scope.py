@@ -18,8 +18,8 @@ class SolveScope:
     """Says that a solve is on, and keeps what must not change until it is over.
 
     The kernel can't see modules inside a closure; modules look for the scope instead. Entered inside another one (a DEQ
-    inside a DEQ's f), the outer scope stays in force: what is fixed for the outer solve is fixed for the inner ones. A backward
-    that evaluates f again enters the same scope again.
+    inside a DEQ's f), the outer scope stays in force: what is fixed for the outer solve is fixed for the inner ones.
+    A backward that evaluates f again enters the same scope again.
     """
 
     def __init__(self) -> None:

@@ -41,6 +41,8 @@ class BaseSettings(BaseModel):
         with translated(type(self)):
             super().__init__(**values)
 
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # validation need not come through here
+
     @model_validator(mode="before")
     @classmethod
     def _prepare(cls, given: Any) -> Any:

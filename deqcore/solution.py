@@ -32,7 +32,7 @@ class Status(IntEnum):
     DIVERGED = (
         2,
         "the residual grew far above its lowest value",
-        "make f contractive (apply_norm, a jacobian regularizer), use damping below 1, or solver='anderson' or 'broyden'",
+        "make f contractive (apply_norm, a jacobian regularizer), use damping below 1, or solver='broyden'",
     )
     NON_FINITE = (
         3,
@@ -125,7 +125,13 @@ class Solution(Mapping[str, Any]):
         return len(self._values)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_values": dict(self.items()), "spec": None, "solver_state": None, "accepted": self.accepted, "on_backward": None}
+        return {
+            "_values": dict(self.items()),
+            "spec": None,
+            "solver_state": None,
+            "accepted": self.accepted,
+            "on_backward": None,
+        }
 
     @property
     def converged(self) -> Tensor:
@@ -155,9 +161,10 @@ class Solution(Mapping[str, Any]):
         for code, count in counts.items():
             if self._is_failure(code):
                 rows = status == code
+                worst, share = residual[rows].max().item(), relative[rows].max().item()
                 parts.append(
-                    f"{count} of {total} samples {code.name.lower()} ({code.text}; worst residual "
-                    f"{residual[rows].max().item():.3g} absolute, {relative[rows].max().item():.3g} relative): {code.remedy}"
+                    f"{count} of {total} samples {code.name.lower()} ({code.text}; worst residual {worst:.3g} absolute, "
+                    f"{share:.3g} relative): {code.remedy}"
                 )
         return f"{what}: " + ("; ".join(parts) if parts else f"all {total} samples converged")
 
@@ -170,7 +177,9 @@ class Solution(Mapping[str, Any]):
         if on_failure == "ignore" or not self.failed():
             return
         if on_failure == "raise":
-            raise ConvergenceError(self.summary(what) + '. (on_failure="warn" or "ignore" goes on with the best state.)', self)
+            raise ConvergenceError(
+                self.summary(what) + '. (on_failure="warn" or "ignore" goes on with the best state.)', self
+            )
         warnings.warn(
             self.summary(what) + '. (on_failure="ignore" silences this, "raise" stops.)', ConvergenceWarning, stacklevel
         )

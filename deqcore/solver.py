@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import UnknownPluginError
-from .functions import register_solver, solver_function
+from .functions import FunctionSolver, register_solver, solver_function
 from .registry import registry
 from .solution import from_final_step as solver_stat_from_final_step
 
@@ -13,7 +13,8 @@ __all__ = ["get_solver", "register_solver", "solver_stat_from_final_step"]
 
 
 def get_solver(key: str) -> Any:
-    """The solver `key` as a function ``solver(func, x0, max_iter=50, tol=1e-3, stop_mode="abs", indexing=None, **options)``.
+    """The solver `key` as a function of TorchDEQ's signature,
+    ``solver(func, x0, max_iter=50, tol=1e-3, stop_mode="abs", indexing=None, **options)``.
 
     Args:
         key: any installed or registered solver's name.
@@ -31,8 +32,8 @@ def get_solver(key: str) -> Any:
         >>> round(z.item(), 4)
         0.7391
     """
-    function = getattr(registry.get("solvers", key), "function", None)
-    return function if function is not None else solver_function(key)
+    solver = registry.get("solvers", key)
+    return solver.function if issubclass(solver, FunctionSolver) else solver_function(key)
 
 
 def __getattr__(name: str) -> Any:

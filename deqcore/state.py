@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,75 +11,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .errors import FunctionError, FunctionTypeError, StateError, StateTypeError
+from .tree import LEAF, arrange, close_records, describe, flatten, flatten_with_paths
 
 __all__ = ["StateSpec"]
 
-
-class _Record:
-    """Stands in for a dataclass instance while torch's pytree walks over it."""
-
-    def __init__(self, cls: type, fields: dict[str, Any]) -> None:
-        self.cls = cls
-        self.fields = fields
-
-
-def _record_flatten(record: _Record) -> tuple[list[Any], Any]:
-    return list(record.fields.values()), (record.cls, tuple(record.fields))
-
-
-def _record_unflatten(children: Any, context: Any) -> _Record:
-    cls, names = context
-    return _Record(cls, dict(zip(names, children, strict=True)))
-
-
-def _record_keys(record: _Record) -> tuple[list[tuple[Any, Any]], Any]:
-    keys = [(pytree.GetAttrKey(name), value) for name, value in record.fields.items()]
-    return keys, (record.cls, tuple(record.fields))
-
-
-pytree.register_pytree_node(
-    _Record, _record_flatten, _record_unflatten, flatten_with_keys_fn=_record_keys, serialized_type_name="deqcore.Record"
-)
-
-
-def _is_dataclass(node: object) -> bool:
-    return dataclasses.is_dataclass(node) and not isinstance(node, type)
-
-
-def _open(tree: Any) -> Any:
-    """`tree` with every dataclass instance that torch doesn't know replaced by a record of its fields."""
-
-    def enter(node: Any) -> Any:
-        if not _is_dataclass(node):
-            return node
-        return _Record(type(node), {f.name: _open(getattr(node, f.name)) for f in dataclasses.fields(node)})
-
-    return pytree.tree_map(enter, tree, is_leaf=_is_dataclass)
-
-
-def _close(tree: Any) -> Any:
-    def leave(node: Any) -> Any:
-        if not isinstance(node, _Record):
-            return node
-        instance = object.__new__(node.cls)  # __init__ would run the user's checks on packed leaves again
-        for name, value in node.fields.items():
-            object.__setattr__(instance, name, _close(value))
-        return instance
-
-    return pytree.tree_map(leave, tree, is_leaf=lambda node: isinstance(node, _Record))
-
-
-def _flatten(tree: Any) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
-    """Leaves with the path of each as text (``['h'][0]``), and the structure."""
-    opened = _open(tree)
-    with_path, spec = pytree.tree_flatten_with_path(opened)
-    return [(pytree.keystr(path), leaf) for path, leaf in with_path], spec
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    return f"{value!r} ({type(value).__name__})" if value is None or isinstance(value, int | float) else type(value).__name__
+#: What f must do, for error texts.
+MUST = "f must return the same structure, shapes, device and kind of dtype as its state"
 
 
 def _like(tree: Any) -> Any:
@@ -107,9 +43,12 @@ class StateSpec:
 
     def __init__(self, z0: Any, batch_dims: int = 1) -> None:
         self.as_arguments = type(z0) in (list, tuple)
-        named, self.tree = ([("", z0)], pytree.treespec_leaf()) if isinstance(z0, Tensor) else _flatten(_like(z0))
+        self.kind = describe(z0)
+        named, self.tree = ([("", z0)], LEAF) if isinstance(z0, Tensor) else flatten_with_paths(_like(z0))
         if not named:
-            raise StateError(f"z0 holds no tensor: got {z0!r}. Give a tensor, or a tuple, list, dict or dataclass of tensors.")
+            raise StateError(
+                f"z0 holds no tensor: got {z0!r}. Give a tensor, or a tuple, list, dict or dataclass of tensors."
+            )
         for path, leaf in named:
             self._check_leaf(path, leaf)
         leaves: list[Tensor] = [leaf for _, leaf in named]
@@ -124,9 +63,7 @@ class StateSpec:
         self.dtype = torch.float32
         for leaf in leaves:
             self.dtype = torch.promote_types(self.dtype, leaf.dtype.to_real())
-        self.sizes = [
-            leaf.numel() // self.batch * (2 if leaf.is_complex() else 1) for leaf in leaves
-        ]
+        self.sizes = [leaf.numel() // self.batch * (2 if leaf.is_complex() else 1) for leaf in leaves]
         self.features = sum(self.sizes)
         #: True where some leaf is narrower than the packed tensor, so that unpacking rounds.
         self.rounds = any(dtype.to_real() != self.dtype for dtype in self.dtypes)
@@ -134,17 +71,24 @@ class StateSpec:
         self.eps = max(torch.finfo(dtype).eps for dtype in self.dtypes)
         self.single = self.tree.is_leaf()
         self._plain = self.single and not self.rounds and not self.dtypes[0].is_complex
+        #: True where the state is a tuple or list of nothing but tensors, the usual kind of several states.
+        self._listed = self.as_arguments and all(path == f"[{k}]" for k, path in enumerate(self.paths))
 
     @staticmethod
     def _check_leaf(path: str, leaf: Any) -> None:
         if not isinstance(leaf, Tensor):
             raise StateTypeError(
-                f"z0{path} is {_describe(leaf)}; a state holds floating point or complex tensors only. "
-                "Keep what f needs besides the state in its closure or in args=(...)."
+                f"z0{path} is {describe(leaf)}; a state holds floating point or complex tensors only. "
+                "Make tensors of arrays and numbers (torch.as_tensor), and keep what f needs besides the state in its "
+                "closure or in args=(...)."
             )
-        if not (leaf.is_floating_point() or leaf.is_complex()):
+        if leaf.is_nested or leaf.layout != torch.strided:
+            kind = "a nested tensor" if leaf.is_nested else f"a tensor of layout {leaf.layout}"
+            raise StateTypeError(f"z0{path} is {kind}; a state must be dense. Pad it, or convert it with .to_dense().")
+        if not (leaf.is_floating_point() or leaf.is_complex()) or leaf.dtype.itemsize < 2:
             raise StateTypeError(
-                f"z0{path} is {_describe(leaf)}; a state must be floating point or complex. Convert it with .float()."
+                f"z0{path} is {describe(leaf)}; a state must be floating point, of 16 bits at least, or complex. "
+                "Convert it with .float()."
             )
 
     def _batch_shape(self) -> torch.Size:
@@ -161,18 +105,22 @@ class StateSpec:
         if len(found) > 1:
             listing = ", ".join(f"z0{p}: {tuple(s)}" for p, s in zip(self.paths, self.shapes, strict=True))
             raise StateError(
-                f"the parts of z0 have different batch sizes ({listing}); with batch_dims={k} the first {k} size(s) must "
-                "agree. Set batch_dims=0 to solve for the whole state as one equilibrium."
+                f"the parts of z0 have different batch sizes ({listing}); with batch_dims={k} the first {k} size(s) "
+                "must agree. Set batch_dims=0 to solve for the whole state as one equilibrium."
             )
         return torch.Size(found.pop())
 
     def _check_whole(self, leaves: Sequence[Tensor]) -> None:
         if self.batch == 0 or any(leaf.numel() == 0 for leaf in leaves):
             listing = ", ".join(f"z0{p}: {tuple(s)}" for p, s in zip(self.paths, self.shapes, strict=True))
-            raise StateError(f"z0 is empty ({listing}); there is nothing to solve for. Skip the call for an empty batch.")
+            raise StateError(
+                f"z0 is empty ({listing}); there is nothing to solve for. Skip the call for an empty batch."
+            )
         devices = {str(leaf.device) for leaf in leaves}
         if len(devices) > 1:
-            raise StateError(f"the parts of z0 are on different devices: {', '.join(sorted(devices))}. Move them to one.")
+            raise StateError(
+                f"the parts of z0 are on different devices: {', '.join(sorted(devices))}. Move them to one."
+            )
 
     # ---- packing
 
@@ -180,7 +128,9 @@ class StateSpec:
         """A state of this structure as a (batch, features) tensor; dtypes are cast, nothing is checked."""
         if self.single:
             return self._pack_leaf(tree)
-        leaves = pytree.tree_leaves(_open(_like(tree)))
+        return self._pack_leaves(tree if self._listed else flatten(_like(tree))[0])
+
+    def _pack_leaves(self, leaves: Sequence[Tensor]) -> Tensor:
         return torch.cat([self._pack_leaf(leaf) for leaf in leaves], dim=1)
 
     def _pack_leaf(self, leaf: Tensor) -> Tensor:
@@ -192,16 +142,24 @@ class StateSpec:
         """The state that packed tensor `z` stands for, with every leaf's own shape and dtype."""
         if self._plain:
             return z.view(self.shapes[0]) if z.is_contiguous() else z.reshape(self.shapes[0])
-        parts = z.split(self.sizes, dim=1)
-        leaves = [
-            self._unpack_leaf(part, shape, dtype) for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
-        ]
-        return leaves[0] if self.single else _close(pytree.tree_unflatten(leaves, self.tree))
+        return self._tree_of(self._leaves_of(z))
+
+    def _leaves_of(self, z: Tensor) -> list[Tensor]:
+        parts = zip(z.split(self.sizes, dim=1), self.shapes, self.dtypes, strict=True)
+        return [self._unpack_leaf(part, shape, dtype) for part, shape, dtype in parts]
+
+    def _tree_of(self, leaves: list[Tensor]) -> Any:
+        if self._listed:
+            return tuple(leaves)
+        return leaves[0] if self.single else close_records(pytree.tree_unflatten(leaves, self.tree))
 
     @staticmethod
     def _unpack_leaf(part: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         if dtype.is_complex:
-            return torch.view_as_complex(part.to(dtype.to_real()).reshape(*shape, 2))
+            pairs = part.to(dtype.to_real()).reshape(*shape, 2)
+            if pairs.is_contiguous() and pairs.storage_offset() % 2 == 0:
+                return torch.view_as_complex(pairs)
+            return torch.complex(pairs[..., 0], pairs[..., 1])  # its place among other leaves doesn't suit a view
         return part.to(dtype).reshape(shape)
 
     def output(self, z: Tensor) -> Any:
@@ -219,19 +177,15 @@ class StateSpec:
         """`fn(*states, *args)` as a map of packed tensors that refuses what no fixed-point map may do."""
         if self._plain:
             return self._wrap_plain(fn, args)
-        checked = False
 
         def call(z: Tensor) -> Tensor:
-            nonlocal checked
-            before = z._version if not z.is_inference() else 0
-            state = self.unpack(z)
+            leaves = self._leaves_of(z)
+            before = [-1 if leaf.is_inference() else leaf._version for leaf in leaves]
+            state = self._tree_of(leaves)
             out = fn(*state, *args) if self.as_arguments else fn(state, *args)
-            if not z.is_inference() and z._version != before:
+            if any(leaf._version != count for leaf, count in zip(leaves, before, strict=True) if count >= 0):
                 raise _changed_in_place()
-            if not checked:
-                self._check_output(out)
-                checked = True
-            return self.pack(out)
+            return self._pack_leaves(self._take_output(out))
 
         return call
 
@@ -239,50 +193,93 @@ class StateSpec:
         """The same for the usual state, one real tensor, where each microsecond is counted."""
         shape, dtype, flat = self.shapes[0], self.dtype, (self.batch, self.features)
         reshape = tuple(shape) != flat
+        checked = False
 
         def call(z: Tensor) -> Tensor:
+            nonlocal checked
             before = -1 if z.is_inference() else z._version
             out = fn(z.reshape(shape) if reshape else z, *args)
             if before >= 0 and z._version != before:
                 raise _changed_in_place()
-            if not isinstance(out, Tensor) or out.shape != shape:
-                self._check_output(out)
-            if out.dtype is not dtype:
-                self._check_output(out)
-                out = out.to(dtype)
+            if not checked or not isinstance(out, Tensor) or out.shape != shape or out.dtype is not dtype:
+                (out,) = self._take_output(out)
+                out, checked = out.to(dtype), True
             return out.reshape(flat) if reshape else out
 
         return call
 
-    def _check_output(self, out: Any) -> None:
-        """Refuse what f returned unless it has z0's structure, shapes and kind of dtype."""
-        wants = "f must return the same structure, shapes and kind of dtype as its state"
-        named, tree = _flatten(_like(out))
+    def _take_output(self, out: Any) -> list[Tensor]:
+        """The leaves of what f returned.
+
+        Raises:
+            FunctionError, FunctionTypeError: it has not z0's structure, shapes, device and kind of dtype.
+        """
+        if self.single and isinstance(out, Tensor):
+            leaves: list[Any] = [out]
+        elif self._listed and type(out) in (list, tuple) and all(isinstance(leaf, Tensor) for leaf in out):
+            leaves = list(out)
+            if len(leaves) != len(self.shapes):
+                raise self._other_structure(out)
+        else:
+            leaves = self._match(out)
+        for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
+            if (
+                not isinstance(leaf, Tensor)
+                or leaf.layout is not torch.strided
+                or leaf.is_nested
+                or leaf.shape != shape
+                or leaf.dtype is not dtype
+                or leaf.device != self.device
+            ):
+                self._check_output(leaves)
+                break
+        return leaves
+
+    def _match(self, out: Any) -> list[Any]:
+        """Leaves of `out` in the order of z0's."""
         if self.as_arguments and type(out) not in (list, tuple):
             raise FunctionTypeError(
-                f"f returned {_describe(out)} for a state of {len(self.shapes)} tensors; return a tuple or list of them."
+                f"f returned {describe(out)} for a state of {len(self.shapes)} tensors; return a tuple or list of them."
             )
+        leaves, tree = flatten(_like(out))
         if tree != self.tree:
-            raise FunctionTypeError(f"f returned {self._structure(named, out)}, z0 is {self._structure()}; {wants}.")
-        for (path, leaf), shape, dtype in zip(named, self.shapes, self.dtypes, strict=True):
+            leaves, tree = arrange(_like(out), self.tree)
+        if tree != self.tree:
+            raise self._other_structure(out)
+        return leaves
+
+    def _other_structure(self, out: Any) -> FunctionTypeError:
+        named, _ = flatten_with_paths(_like(out))
+        parts = ", ".join(f"{path}: {describe(leaf)}" for path, leaf in named) or "nothing"
+        found = f"{describe(out)} of {parts}" if len(named) != 1 or named[0][0] else describe(out)
+        return FunctionTypeError(f"f returned {found}; z0 is {self._structure()}; {MUST}.")
+
+    def _check_output(self, leaves: list[Any]) -> None:
+        """Refuse leaves that have not z0's shapes, device and kind of dtype."""
+        for leaf, path, shape, dtype in zip(leaves, self.paths, self.shapes, self.dtypes, strict=True):
             if not isinstance(leaf, Tensor):
-                raise FunctionTypeError(f"f returned {_describe(leaf)} where z0{path} has a tensor; {wants}.")
+                raise FunctionTypeError(f"f returned {describe(leaf)} where z0{path} has a tensor; {MUST}.")
+            if leaf.is_nested or leaf.layout != torch.strided:
+                kind = "nested tensor" if leaf.is_nested else f"tensor of layout {leaf.layout}"
+                raise FunctionTypeError(f"f returned a {kind} where z0{path} is dense; {MUST}.")
             if leaf.shape != shape:
                 raise FunctionError(
-                    f"f returned shape {tuple(leaf.shape)} where z0{path} has shape {tuple(shape)}; {wants}. "
+                    f"f returned shape {tuple(leaf.shape)} where z0{path} has shape {tuple(shape)}; {MUST}. "
                     "Give a z0 of the shape that f keeps."
                 )
             if leaf.is_complex() != dtype.is_complex or not (leaf.is_floating_point() or leaf.is_complex()):
                 raise FunctionTypeError(
-                    f"f returned {_describe(leaf)} where z0{path} is {str(dtype).removeprefix('torch.')}; {wants}."
+                    f"f returned {describe(leaf)} where z0{path} is {str(dtype).removeprefix('torch.')}; {MUST}."
+                )
+            if leaf.device != self.device:
+                raise FunctionError(
+                    f"f returned a tensor on {leaf.device} where z0{path} is on {self.device}; {MUST}. Move f's "
+                    "parameters and z0 to one device."
                 )
 
-    def _structure(self, named: list[tuple[str, Any]] | None = None, value: Any = None) -> str:
-        if named is None:
-            return ", ".join(f"z0{p} {tuple(s)}" for p, s in zip(self.paths, self.shapes, strict=True))
-        if len(named) == 1 and not named[0][0]:
-            return _describe(value)
-        return f"a {type(value).__name__} of " + (", ".join(f"{p}: {_describe(v)}" for p, v in named) or "nothing")
+    def _structure(self) -> str:
+        shapes = ", ".join(f"{path}: {tuple(shape)}" for path, shape in zip(self.paths, self.shapes, strict=True))
+        return f"one tensor of shape {tuple(self.shapes[0])}" if self.single else f"{self.kind} of {shapes}"
 
     def same_as(self, other: StateSpec) -> bool:
         """Whether states of `other` fit here: same structure, shapes and dtypes."""

@@ -105,8 +105,8 @@ def prepare(model: type[BaseSettings], given: Mapping[Any, Any]) -> dict[str, An
     return values
 
 
-def rename(model: type[BaseSettings], given: Mapping[Any, Any]) -> dict[str, Any]:
-    """`given` under the fields' own names.
+def rename(model: type[BaseSettings], given: Mapping[Any, Any], where: str = "") -> dict[str, Any]:
+    """`given`, of which error texts say that it is `where`, under the fields' own names.
 
     Raises:
         ConfigError: a field is given by two of its names with different values.
@@ -118,7 +118,7 @@ def rename(model: type[BaseSettings], given: Mapping[Any, Any]) -> dict[str, Any
         field = model.aliases.get(key, key)
         if field in renamed and renamed[field] != value:
             text = f" is given twice: {source[field]}={shown(renamed[field])} and {key}={shown(value)}. Give one."
-            raise failure([Finding((field,), text)])
+            raise failure([Finding((field,), text)], where)
         renamed[field], source[field] = value, key
     return renamed
 

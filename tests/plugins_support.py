@@ -9,7 +9,13 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
-from deqcore import registry
+import torch
+
+from deqcore import Solver, SolverSettings, Step, registry
+
+DISABLE, ALLOW = "DEQCORE_DISABLE_PLUGINS", "DEQCORE_ALLOW_PLUGINS"
+#: A module that must not be imported.
+EXPLODES = "raise RuntimeError('imported')"
 
 #: A whole third-party solver.
 SOLVER = """
@@ -70,3 +76,50 @@ def run_python(
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+class Distribution:
+    def __init__(self, name, version):
+        self.name, self.version = name, version
+
+
+class Point:
+    """The least an entry point can be: what an index from elsewhere would give."""
+
+    def __init__(self, group, name, value, dist=("fake-dist", "0.1")):
+        self.group, self.name, self.value = group, name, value
+        self.dist = Distribution(*dist) if dist else None
+        self.loads = 0
+
+    def load(self):
+        self.loads += 1
+        __import__(self.value)
+        return sys.modules[self.value]
+
+
+class Halfway(Solver[SolverSettings]):
+    def step(self, problem, z, fz, state):
+        return Step((z + fz) / 2, state)
+
+
+def linear_map(shape=(3, 5), seed=0, norm=0.5):
+    """f(z) = A z + b over the flattened features, a start, and the fixed point from a dense solve."""
+    generator = torch.Generator().manual_seed(seed)
+    size = 1
+    for n in shape[1:]:
+        size *= n
+    a = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    a = norm * a / torch.linalg.matrix_norm(a, 2)
+    b = torch.randn(shape[0], size, generator=generator, dtype=torch.float64)
+    exact = torch.linalg.solve(torch.eye(size, dtype=torch.float64) - a, b.mT).mT.reshape(shape)
+
+    def f(z):
+        return (z.reshape(shape[0], size) @ a.mT + b).reshape(shape)
+
+    return f, torch.zeros(shape, dtype=torch.float64), exact
+
+
+def function_solver(func, x0, max_iter=50, tol=1e-3, stop_mode="abs", indexing=None, weight=1.0):
+    for _ in range(max_iter):
+        x0 = torch.lerp(x0, func(x0), weight)
+    return x0, [], {}

@@ -127,6 +127,9 @@ def test_a_channel_of_zeros_stays_zero_and_can_leave():
     g, v = originals(layer)
     assert g.grad.isfinite().all() and v.grad.isfinite().all()
     assert g.grad[1].abs() > 0.1
+    with torch.no_grad():
+        v[2] = 0  # as training may leave it
+    assert (layer.weight[2] == 0).all()
 
 
 def test_zeros_that_no_factor_can_scale_are_refused_and_the_model_left_alone():

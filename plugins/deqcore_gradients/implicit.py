@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, field_validator
-
 from torch import Tensor
 
 from deqcore import (
@@ -79,8 +78,8 @@ class Implicit(GradientBackend[ImplicitSettings]):
     backward. Drops nothing at first order; gives first derivatives only, and refuses to be differentiated twice.
 
     Costs one evaluation of f with its graph in the forward, and one product with J^T a step in the backward; memory is
-    one evaluation's graph, however many steps the forward took. Where f couples rows and the solver fails row by row, the
-    adjoint is solved once more for all rows as one sample.
+    one evaluation's graph, however many steps the forward took. Where f couples rows and the solver fails row by row,
+    the adjoint is solved once more for all rows as one sample.
 
     Source: Bai, Kolter and Koltun, Deep Equilibrium Models (NeurIPS 2019), theorem 1.
     """

@@ -25,15 +25,16 @@ class PhantomSettings(GradientSettings):
 class Phantom(GradientBackend[PhantomSettings]):
     """Differentiates `steps` damped applications of f at the state found, and takes that for the gradient.
 
-    Drops the terms of (I - J)^-1 = I + J + J^2 + ... from the `steps`-th on (with damping, it weights them), so the gradient
-    is biased unless f contracts strongly; its direction is usually good enough to train with. Can be differentiated
-    any number of times, as what it is.
+    Drops the terms of (I - J)^-1 = I + J + J^2 + ... from the `steps`-th on (with damping, it weights them), so the
+    gradient is biased unless f contracts strongly; its direction is usually good enough to train with. Can be
+    differentiated any number of times, as what it is.
 
     Moves the state in training: what is returned is the last of the steps. In eval the value stays where it is.
 
     Costs `steps` evaluations of f with their graphs, and the backward through them.
 
-    Source: Geng et al., On Training Implicit Models (NeurIPS 2021), unrolled form; steps=1: Fung et al., JFB (AAAI 2022).
+    Source: Geng et al., On Training Implicit Models (NeurIPS 2021), unrolled form; steps=1: Fung et al., JFB
+    (AAAI 2022).
     """
 
     def attach(self, problem: Problem, solution: Solution) -> Tensor | list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deqcore import Problem, Solver, SolverSettings, Step, hookimpl
 
-#: Default ridge, relative to the Gram matrix's diagonal: the smallest that keeps its Cholesky factor from breaking down.
+#: Default ridge, relative to the Gram matrix's diagonal: the smallest that keeps its Cholesky factor from failing.
 RIDGE = {torch.float32: 3e-7, torch.float64: 1e-12}
 
 
@@ -21,7 +21,9 @@ class AndersonSettings(SolverSettings):
     aliases: ClassVar[dict[str, str]] = {"m": "memory", "tau": "damping", "lam": "absolute_ridge"}
 
     memory: int = Field(10, ge=1, description="differences kept; more helps hard problems and costs 2 states each")
-    damping: float = Field(1.0, gt=0, le=2, description="how far to go along the mixed residual; 1 needs no extra memory")
+    damping: float = Field(
+        1.0, gt=0, le=2, description="how far to go along the mixed residual; 1 needs no extra memory"
+    )
     ridge: float | None = Field(
         None, ge=0, description="added to the Gram matrix, relative to its diagonal; by dtype if None (3e-7, 1e-12)"
     )
@@ -51,8 +53,8 @@ class Anderson(Solver[AndersonSettings]):
         z <- f(z) - D_f g  (- (1 - damping) (r - D_r g)),   g = argmin ||r - D_r g||.
 
     Use it as the first choice where plain iteration is slow: it needs one evaluation a step like it, and typically two
-    to five times fewer. Prefer `broyden` where the spectral radius is very close to 1. It is not monotone: the residual may
-    rise before it falls.
+    to five times fewer. Prefer `broyden` where the spectral radius is very close to 1. It is not monotone: the residual
+    may rise before it falls.
 
     A step costs one evaluation, three (B, 1, F) x (F, memory) products and a (memory, memory) Cholesky factor a sample;
     memory is 2 * memory + 2 states.

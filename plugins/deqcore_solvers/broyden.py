@@ -55,8 +55,8 @@ class Broyden(Solver[BroydenSettings]):
     memory is full, the inverse is cut to its best two thirds by a singular value decomposition; overwriting the oldest
     pair instead would leave an inverse that belongs to nothing.
 
-    Source: Broyden (1965), the "good" update; Kelley, Iterative Methods (1995), ch. 7; rank reduction after van de Rotten
-    and Verduyn Lunel (2005).
+    Source: Broyden (1965), the "good" update; Kelley, Iterative Methods (1995), ch. 7; rank reduction after van de
+    Rotten and Verduyn Lunel (2005).
     """
 
     def init(self, problem: Problem, z: Tensor, fz: Tensor) -> BroydenState:

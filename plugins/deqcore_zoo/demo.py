@@ -50,7 +50,7 @@ def demo(
         Path | None,
         typer.Option(help="TOML, JSON or YAML file with the whole configuration, instead of the demo's own."),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the 1,437 training images.")] = 16,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the 1,437 training images.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights, the order and the augmentation.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for convergence.png and demo.toml; made if missing.")] = Path("."),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,

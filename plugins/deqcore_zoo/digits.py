@@ -141,7 +141,7 @@ def augment(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
 # ---- training
 
 #: Images a training step.
-BATCH = 96
+BATCH = 48
 
 
 @dataclass(frozen=True)

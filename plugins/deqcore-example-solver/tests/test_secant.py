@@ -72,7 +72,7 @@ def test_a_start_at_the_fixed_point_stays_there():
 
 @pytest.mark.parametrize("wrong", [{"start": 0}, {"start": 1.5}, {"limit": -1.0}, {"start": "fast"}])
 def test_settings_are_checked(wrong):
-    with pytest.raises(deqcore.ConfigError, match=f"example_secant.*{next(iter(wrong))}"):
+    with pytest.raises(deqcore.ConfigError, match=rf"solver\.{next(iter(wrong))}"):
         deqcore.get_deq(solver={"name": "example_secant", **wrong})
     with pytest.raises(deqcore.UnknownKeyError, match="Did you mean 'start'"):
         deqcore.get_deq(solver={"name": "example_secant", "strat": 0.3})
