@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -28,6 +28,10 @@ class _Backward(BaseSettings):
     b_stop_mode: Literal["abs", "rel"] = "abs"
 
 
+class _Grad(BaseSettings):
+    grad: tuple[int, ...]
+
+
 def spell_out(layers: Sequence[Layer]) -> None:
     """Add to each layer what its flat gradient options mean, the stronger layers considered.
 
@@ -40,6 +44,8 @@ def spell_out(layers: Sequence[Layer]) -> None:
     name: Any = None
     flags: dict[str, Given] = {}
     for layer in layers:
+        if "grad" in layer.flags:
+            layer.flags["grad"] = layer.flags["grad"]._replace(value=_steps(layer.flags["grad"]))
         asked = _asked(layer)
         mine = {key: layer.flags[key] for key in IMPLICIT if key in layer.flags}
         if asked is not None:
@@ -62,7 +68,7 @@ def spell_out(layers: Sequence[Layer]) -> None:
                 layer.entries.append((("gradient", setting), layer.flags[key]))
         if "grad" in layer.flags:
             given = layer.flags["grad"]
-            layer.entries.append((("gradient", "steps"), given._replace(value=_steps(given)[-1])))
+            layer.entries.append((("gradient", "steps"), given._replace(value=given.value[-1])))
 
 
 def _asked(layer: Layer) -> Given | None:
@@ -99,15 +105,19 @@ def _agree(asked: Given, flags: Mapping[str, Given]) -> None:
 def _steps(given: Given) -> list[int]:
     """The steps that ``grad`` asks for."""
     grad = given.value
-    steps: list[Any] = [grad] if isinstance(grad, int) else list(grad) if isinstance(grad, list | tuple) else []  # pyright: ignore
-    if not steps or not all(isinstance(k, int) and not isinstance(k, bool) for k in steps):
+    listed = grad if isinstance(grad, Iterable) else [grad]  # pyright: ignore[reportUnknownVariableType]
+    try:
+        steps = validate(_Grad, {"grad": [] if isinstance(grad, str) else listed}).grad
+    except ConfigTypeError:
+        steps = ()
+    if not steps:
         raise ConfigTypeError(
             f"grad ({given.origin}) must be an int, or a list with one int a state, got {shown(grad)}."
         )
     if min(steps) < 1:
         text = "takes at least one step each; ift=True gives the exact gradient"
         raise ConfigError(f"grad ({given.origin}) {text}, got {shown(grad)}.")
-    return steps
+    return list(steps)
 
 
 # ---- after the merge
@@ -135,7 +145,7 @@ def finish(merged: dict[str, Any], layers: Sequence[Layer], notes: Notes) -> Non
 def _before(flags: Mapping[str, Given], gradient: Any, core: Any) -> list[dict[str, Any]]:
     """Gradients of the states before the last; none where the default says the same."""
     phantom = {setting: flags[key].value for key, setting in PHANTOM.items() if key in flags}
-    steps = _steps(flags["grad"]) if "grad" in flags else []
+    steps: list[int] = flags["grad"].value if "grad" in flags else []
     if "grad" in flags:
         _check_count(steps, flags["grad"], core)
     found = [{"name": "phantom", **phantom, "steps": k} for k in steps or [1]]

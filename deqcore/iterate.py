@@ -100,7 +100,7 @@ def iterate(
             z, fz = problem.round(z), None
         if fz is None:
             fz = problem(z)
-        if k % check_every == 0 or k == last:
+        if k % check_every == 0 or k == last or k in sample_at:
             strikes = monitor.strikes
             z, fz, stop = monitor.judge(k, z, fz)
             if check_every > 1 and monitor.strikes is not strikes:  # NaN may have got into the history unseen

@@ -9,7 +9,7 @@ from .choice import choice_of, default_of, overlay
 from .errors import DEQError
 from .settings import BaseSettings, Settings
 from .sources import Entry, Given
-from .validation import Finding, failure, shown, unknown_key
+from .validation import Finding, failure, same, shown, unknown_key
 
 __all__ = ["Notes", "merge"]
 
@@ -101,7 +101,7 @@ def _field(model: type[BaseSettings], key: str, given: Given) -> str | None:
 
 def _take(seen: dict[str, Given], field: str, given: Given, path: Path) -> None:
     before = seen.get(field)
-    if before is not None and not _same(before.value, given.value):
+    if before is not None and not same(before.value, given.value):
         if given.soft:
             return
         if not before.soft:
@@ -111,15 +111,6 @@ def _take(seen: dict[str, Given], field: str, given: Given, path: Path) -> None:
             )
             raise failure([Finding((*path, field), text)])
     seen[field] = given
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return list(a) == list(b)  # pyright: ignore[reportUnknownArgumentType]
-    try:
-        return bool(a == b)
-    except Exception:  # a tensor's, say
-        return a is b
 
 
 # ---- sections
@@ -133,7 +124,8 @@ def _section(kind: str, default: dict[str, Any], layers: Sequence[list[Entry]], 
     """
     from .registry import KINDS, registry
 
-    parts = [_open(entries, path) for entries in layers]
+    base: Any = KINDS[kind].interface
+    parts = [_open(entries, path, base.settings_type) for entries in layers]
     name: Given | None = None
     oldest = full = 0  # layers from `oldest` on count for what is common, from `full` on altogether
     for rank, part in enumerate(parts):
@@ -161,7 +153,6 @@ def _section(kind: str, default: dict[str, Any], layers: Sequence[list[Entry]], 
         error.args = (f"{spot}: {error}",)
         raise
     notes.models[path] = model
-    base: Any = KINDS[kind].interface
     common = base.settings_type.model_fields.keys() - {"name"}
     kept = [
         []
@@ -172,7 +163,7 @@ def _section(kind: str, default: dict[str, Any], layers: Sequence[list[Entry]], 
     return merge(model, kept, notes, path, f"{KINDS[kind].singular} {effective!r}")
 
 
-def _open(entries: list[Entry], path: Path) -> _Part:
+def _open(entries: list[Entry], path: Path, base: type[Settings]) -> _Part:
     """A layer's entries for a section with names, dicts and settings opened into their parts."""
     opened: list[Entry] = []
     fresh = False
@@ -186,7 +177,7 @@ def _open(entries: list[Entry], path: Path) -> _Part:
         elif isinstance(item, Mapping):
             table: Mapping[Any, Any] = item
             opened += [(tuple(str(key).split(".")), given._replace(value=inner)) for key, inner in table.items()]
-        elif isinstance(item, Settings) and item.name:
+        elif isinstance(item, base) and item.name:
             fresh = True
             keys = ["name", *sorted(item.model_fields_set - {"name"})]
             opened += [((key,), given._replace(value=getattr(item, key))) for key in keys]

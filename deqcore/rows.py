@@ -102,7 +102,7 @@ class _Lists:
             return math.nan
         if rtol:
             residual = [r - rtol * n for r, n in zip(residual, size, strict=True)]
-        return max(residual) - atol if isinstance(atol, float) else max(map(sub, residual, atol))
+        return max(map(sub, residual, atol)) if isinstance(atol, list) else max(residual) - atol
 
     def lower(self, a: list[float], b: list[float]) -> list[float]:
         return [y if y < x else x for x, y in zip(a, b, strict=True)]

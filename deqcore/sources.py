@@ -18,7 +18,7 @@ from .errors import ConfigError, ConfigTypeError, DEQWarning, MissingExtraError,
 from .frames import caller
 from .legacy import CALL_ONLY, FLAT, GIVEN, LEGACY, NEGATED, flag_default
 from .settings import BaseSettings
-from .validation import shown
+from .validation import same, shown
 
 __all__ = ["SUFFIXES", "Given", "Layer", "from_environment", "from_file", "from_mapping", "from_object"]
 
@@ -138,7 +138,7 @@ def from_object(layer: Layer, args: Any) -> Layer:
         value = values[name] if values is not None else getattr(args, name)
         if isinstance(value, Namespace | types.SimpleNamespace) and name in layer.sections:
             value = vars(value)
-        default = name in FLAT and value == flag_default(name)
+        default = name in FLAT and same(value, flag_default(name))
         if value is None or (default and written is not None and name not in written):
             continue
         if "." in name:
@@ -152,14 +152,16 @@ def _fits(layer: Layer, name: str, value: Any, kind: str) -> bool:
     """Whether a value under a name that is ours, but not TorchDEQ's, is meant for us: programs have norms, too."""
     from .registry import registry
 
-    if name not in layer.sections:
+    if name not in layer.sections and name != "regularizers":
         return True
-    known = registry.names(layer.sections[name])
-    if not isinstance(value, str):
-        return isinstance(value, Mapping | BaseSettings)
-    if value.rpartition("/")[2] in (*known, "none"):
+    known = registry.names(layer.sections.get(name, name))
+    items: list[Any] = list(value) if name == "regularizers" and isinstance(value, list | tuple) else [value]  # pyright: ignore
+    named = [item.rpartition("/")[2] for item in items if isinstance(item, str)]
+    if all(isinstance(item, str | Mapping | BaseSettings) for item in items) and all(
+        item in known or (name == "norm" and item == "none") for item in named
+    ):
         return True
-    close = suggest(value, known)
+    close = "".join(suggest(item, known) for item in named)
     if close:
         warnings.warn(
             f"the {kind}'s {name}={value!r} names nothing installed and was taken for the program's own.{close}",

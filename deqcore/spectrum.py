@@ -52,7 +52,7 @@ def power_iterate(product: Callable[[Tensor], Tensor], v: Tensor, steps: int) ->
         if j + 1 < size:
             left = torch.linalg.vector_norm(rest, dim=1)
             found = left > NOISE * torch.finfo(v.dtype).eps * torch.linalg.vector_norm(image, dim=1)
-            mapped[:, j + 1, j] = torch.where(found, left, 0.0)
+            mapped[:, j + 1, j] = left
             basis = torch.cat((basis, torch.where(found[:, None], _unit(rest), 0.0)[:, None]), 1)
     radius = torch.linalg.eigvals(mapped.nan_to_num()).abs().amax(1)
     return first, radius.to(v.dtype)

@@ -19,7 +19,18 @@ from .errors import ConfigError, ConfigTypeError, DEQError, UnknownKeyError, sug
 if TYPE_CHECKING:
     from .settings import BaseSettings
 
-__all__ = ["Finding", "allowed", "failure", "prepare", "rename", "shown", "translated", "unknown_key", "validate"]
+__all__ = [
+    "Finding",
+    "allowed",
+    "failure",
+    "prepare",
+    "rename",
+    "same",
+    "shown",
+    "translated",
+    "unknown_key",
+    "validate",
+]
 
 S = TypeVar("S", bound="BaseSettings")
 Path = tuple[str | int, ...]
@@ -69,6 +80,16 @@ def shown(value: Any) -> str:
     return f"{_short.repr(value)} ({type(value).__name__})"
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether two values say the same, a list and a tuple of the same items included."""
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))  # pyright: ignore[reportUnknownArgumentType]
+    try:
+        return a is b or bool(a == b)
+    except Exception:  # an array's comparison is no yes or no
+        return False
+
+
 def unknown_key(path: Path, key: str, known: Iterable[str], owner: str, hint: str = "") -> Finding:
     """The finding for a key that `owner`, at `path`, doesn't have."""
     names = sorted(set(known))
@@ -116,7 +137,7 @@ def rename(model: type[BaseSettings], given: Mapping[Any, Any], where: str = "")
     for key, value in given.items():
         key = str(key)
         field = model.aliases.get(key, key)
-        if field in renamed and renamed[field] != value:
+        if field in renamed and not same(renamed[field], value):
             text = f" is given twice: {source[field]}={shown(renamed[field])} and {key}={shown(value)}. Give one."
             raise failure([Finding((field,), text)], where)
         renamed[field], source[field] = value, key
@@ -126,7 +147,7 @@ def rename(model: type[BaseSettings], given: Mapping[Any, Any], where: str = "")
 def _bool_misplaced(annotation: Any, value: Any) -> bool:
     """Whether `value` is, or holds, a bool that pydantic would turn into a number."""
     members = [_bare(member) for member in union_members(_bare(annotation))]
-    if isinstance(value, bool):
+    if type(value).__name__ in ("bool", "bool_"):  # numpy's too
         return any(member in (int, float) for member in members) and not any(map(_takes_bool, members))
     if isinstance(value, list | tuple):
         inner = [
@@ -225,18 +246,23 @@ def _translate(
     for item in error.errors(include_url=False):
         path: Path = tuple(part for part in item["loc"] if not str(part).startswith("function-"))
         inner = item.get("ctx", {}).get("error")
-        if isinstance(inner, ConfigError) and "findings" in inner.__dict__:
-            findings += [found._replace(path=(*path, *found.path)) for found in inner.__dict__["findings"]]
-        elif isinstance(inner, ConfigError):
-            findings.append(Finding(path, f": {inner}", type(inner)))
-        elif isinstance(inner, DEQError):  # a plugin's trouble keeps its type
-            inner.args = (str(failure([Finding(path, f": {inner}")], where, origin)),)
-            return inner
+        if isinstance(inner, DEQError):
+            noted = inner.__dict__.get("findings") or [Finding((), f": {inner}", _kind(inner))]
+            noted = [finding._replace(path=(*path, *finding.path)) for finding in noted]
+            if not isinstance(inner, ConfigError):  # a plugin's trouble keeps its type
+                inner.args = (str(failure(noted, where, origin)),)
+                inner.__dict__["findings"] = noted
+                return inner
+            findings += noted
         elif item["type"] == "extra_forbidden":
             findings.append(unknown_key(path[:-1], str(path[-1]), model.known_keys(), owner))
         else:
             findings.append(_finding(item, path, model))
     return failure(findings, where, origin)
+
+
+def _kind(error: DEQError) -> type[ConfigError]:
+    return type(error) if isinstance(error, ConfigError) else ConfigError
 
 
 def _finding(item: Mapping[str, Any], path: Path, model: type[BaseSettings]) -> Finding:

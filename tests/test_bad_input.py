@@ -283,7 +283,8 @@ def test_wrong_value(path, value, error, allowed, tmp_path, monkeypatch):
     told = (f"must be {allowed}", f"got {value!r} ({type(value).__name__})")
     refuse(error, lambda: get_deq(**values), f"{dotted} (keyword {path[0]})", *told)
     refuse(error, lambda: get_deq(values), f"{dotted} (dict key {path[0]})", *told)
-    refuse(error, lambda: get_deq(argparse.Namespace(**values)), f"{dotted} (Namespace attribute {path[0]})", *told)
+    if path[0] != "regularizers":  # a Namespace's, such as a number, is the program's own
+        refuse(error, lambda: get_deq(argparse.Namespace(**values)), f"{dotted} (Namespace attribute {path[0]})", *told)
     refuse(error, lambda: DEQConfig(**values), dotted, *told)
     refuse(error, lambda: DEQConfig.from_dict(values), dotted, *told)
     file = tmp_path / "deq.toml"
@@ -520,7 +521,13 @@ def test_two_plugins_with_one_name(site):
     site.solver("one-dist", "same", "one_module")
     site.solver("two-dist", "same", "two_module")
     refuse(
-        PluginClashError, lambda: get_deq("same"), "one-dist 1.2.3 and two-dist 1.2.3", "one-dist/same", "two-dist/same"
+        PluginClashError,
+        lambda: get_deq("same"),
+        "is claimed by",
+        "one-dist 1.2.3",
+        "two-dist 1.2.3",
+        "one-dist/same",
+        "two-dist/same",
     )
     assert get_deq("two-dist/same").config.solver.name == "two-dist/same"
 

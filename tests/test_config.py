@@ -237,6 +237,26 @@ def test_numbers_and_flags_as_they_are_usually_spelled():
     assert config.gradient.name == "implicit"
 
 
+def test_numbers_of_numpys_and_torchs():
+    import numpy as np
+
+    config = load(f_max_iter=np.int64(7), f_tol=np.float32(0.5), indexing=np.array([2, 4]), grad=np.array([1, 2, 3]))
+    assert (config.solver.max_iter, config.solver.tol, config.core.indexing) == (7, 0.5, (2, 4))
+    assert [choice.steps for choice in (*config.core.intermediate, config.gradient)] == [1, 2, 3]
+    assert load(argparse.Namespace(indexing=np.array([2, 4]), grad=np.int64(2))).core.indexing == (2, 4)
+    assert load(f_tol=torch.tensor(0.5), indexing=range(1, 4), grad=(k for k in (1, 2, 3, 4))).core.indexing == (
+        1,
+        2,
+        3,
+    )
+    assert type(load(f_max_iter=np.int64(7)).solver.max_iter) is int
+    for wrong in (np.bool_(True), np.float64(2.5)):
+        with pytest.raises(ConfigTypeError, match=r"solver.max_iter .* must be an int"):
+            load(f_max_iter=wrong)
+    with pytest.raises(ConfigTypeError, match=r"gradient.damping .* must be a number"):
+        load(argparse.Namespace(tau=torch.ones(3)))
+
+
 def test_none_is_not_given():
     assert load(solver=None, f_tol=None, indexing=None, sup_loc=None, no_stat=None, gradient=None) == DEQConfig()
     assert load({"norm": "spectral_norm"}, norm=None).norm is None
@@ -429,7 +449,8 @@ def test_a_config_can_not_be_changed():
         dict(lr=0.1, epochs=3, cores=4, grads=True, max_iter=7, m=3, lam=0.5, ls=True, tolerance=1, states=3, gama=2),
         dict(norm="batch", gradient=None, solver=torch.optim.SGD, regularizers=None),
         dict(norm=True, solver=7, gradient=1.5),
-        dict(norm=["layer"], solver=object()),
+        dict(norm=["layer"], solver=object(), regularizers=0.1),
+        dict(regularizers=["l2", "dropout"], solver="none", gradient=torch.zeros(3)),
         dict(jac_loss_weight=0.5, jac_loss_freq=0.5, jac_incremental=3, gamma=0.9, sradius_mode=True),
         dict(return_final=True, LBFGS_thres=3),
         {"_private": 1, "f": print, "solver.": None},

@@ -735,6 +735,36 @@ def test_making_deqs_in_many_threads():
     ]
 
 
+def test_one_normalised_model_in_many_threads():
+    torch.manual_seed(0)
+    linear = deqcore.apply_norm(nn.Linear(3, 3).double(), "spectral_norm", learn_scale=False, target_norm=0.8).eval()
+    deq = get_deq("anderson", ift=True, f_tol=1e-9, f_max_iter=200, b_tol=1e-10)
+    inputs = torch.randn(12, 4, 3, dtype=torch.float64)
+
+    def work(k: int) -> tuple[torch.Tensor, ...]:
+        z_out, _ = deq(lambda z: torch.tanh(linear(z) + inputs[k]), Z0)
+        return z_out[-1].detach(), *torch.autograd.grad(z_out[-1].square().sum(), list(linear.parameters()))
+
+    alone = [work(k) for k in range(12)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, list(range(12)) * 3))
+    for k, found in enumerate(together):
+        for a, b in zip(found, alone[k % 12], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_solvers_as_functions_in_many_threads():
+    solver = deqcore.get_solver("anderson")
+
+    def work(k: int) -> torch.Tensor:
+        return solver(lambda z: 0.5 * torch.cos(z) + k, Z0, max_iter=100, tol=1e-10)[0]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, range(40)))
+    for k, z in enumerate(together):
+        torch.testing.assert_close(z, 0.5 * torch.cos(z) + k, rtol=0, atol=1e-9)
+
+
 def test_a_deq_in_another_deqs_f():
     inner = get_deq(f_tol=1e-10, f_max_iter=200)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -69,7 +71,7 @@ class Case(NamedTuple):
     fn: Any
     z0: Any
     inputs: list[Tensor]
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deqcore import Solution, Status, get_deq
+from deqcore import Solution, Status, current_scope, get_deq
 
 DOUBLE = torch.float64
 SOLVERS = ("fixed_point_iter", "simple_fixed_point_iter", "anderson", "broyden")
@@ -224,7 +224,225 @@ def honest(case: Case, info: Solution, residual: Tensor, size: Tensor) -> None:
         assert known.all()
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_a_solve_tells_the_truth(case: Case) -> None:
     check(case)
+
+
+# ---- samples that are not finite
+
+
+@pytest.mark.parametrize("solver", ["fixed_point_iter", "anderson", "broyden"])
+@pytest.mark.parametrize("check_every", [1, 3])
+@pytest.mark.parametrize("batch", [4, 70])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("call", [0, 3, 4, 5, 6])
+def test_a_sample_recovers_from_one_bad_value(
+    solver: str, check_every: int, batch: int, value: float, call: int
+) -> None:
+    fn = maps("tanh", batch, 7, DOUBLE)
+    faulty = Faulty(fn, 1, frozenset({call}), None, value)
+    deq = get_deq(f_solver=solver, f_tol=1e-8, f_max_iter=300, check_every=check_every).eval()
+    (z,), info = deq(faulty, torch.zeros(batch, 7, dtype=DOUBLE))
+    assert info.converged.all()
+    assert (truth(fn, z, 1, "l2")[0] <= 1e-8).all()
+
+
+@pytest.mark.parametrize("solver", ["fixed_point_iter", "anderson", "broyden"])
+@pytest.mark.parametrize("options", [{"tol": 1e-8}, {"tol": 0.0}, {"tol": 1e-8, "return_final": True}], ids=str)
+@pytest.mark.parametrize("batch", [4, 70])
+@pytest.mark.parametrize("since", [0, 3])
+@pytest.mark.parametrize("check_every", [1, 5])
+def test_a_lost_sample_leaves_its_neighbours_alone(
+    solver: str, options: dict[str, Any], batch: int, since: int, check_every: int
+) -> None:
+    fn = maps("tanh", batch, 7, DOUBLE)
+    settings = {"name": solver, "max_iter": 240, **options}
+    if solver == "broyden":
+        settings["memory"] = 5  # which is decomposed when it is full, by a routine that refuses NaN
+    deq = get_deq(solver=settings, check_every=check_every, on_failure="ignore").eval()
+    faulty = Faulty(fn, 1, frozenset(), since, math.nan)
+    (z,), info = deq(faulty, torch.zeros(batch, 7, dtype=DOUBLE))
+    others = torch.arange(batch) != 1
+    residual, _ = truth(fn, z, 1, "l2")
+    assert (info["status"] == Status.NON_FINITE).tolist() == (~others).tolist()
+    assert (residual[others] <= 1e-8).all()
+    assert torch.allclose(info["abs_lowest"][others], residual[others], atol=1e-14)
+    assert torch.isfinite(z).all()
+    assert info.failed()
+
+
+@pytest.mark.parametrize("check_every", [1, 4])
+def test_a_lost_sample_is_called_off_after_three_failures(check_every: int) -> None:
+    fn = maps("hard", 3, 5, DOUBLE)
+    faulty = Faulty(fn, 1, frozenset(), 6, math.nan)
+    deq = get_deq(f_tol=1e-6, f_max_iter=800, check_every=check_every, on_failure="ignore").eval()
+    with torch.no_grad():
+        (z,), info = deq(faulty, torch.zeros(3, 5, dtype=DOUBLE))
+    assert info["status"].tolist() == [Status.CONVERGED, Status.NON_FINITE, Status.CONVERGED]
+    assert info["nfe"] == faulty.count <= info["steps"].max() + 1 + 3
+    assert truth(fn, z, 1, "l2")[0][1] < truth(fn, torch.zeros(3, 5, dtype=DOUBLE), 1, "l2")[0][1]
+
+
+def test_nan_at_the_only_check_is_a_failure() -> None:
+    """The unmonitored solver looks once; what stands in for NaN there is the start, and that is no result."""
+    fn = maps("easy", 3, 5, DOUBLE)
+    deq = get_deq(f_solver="simple_fixed_point_iter", f_max_iter=20, on_failure="ignore").eval()
+    (z,), info = deq(Faulty(fn, 1, frozenset({7}), None, math.nan), torch.zeros(3, 5, dtype=DOUBLE))
+    assert info["status"].tolist() == [Status.CONVERGED, Status.NON_FINITE, Status.CONVERGED]
+    assert torch.equal(z[1], torch.zeros(5, dtype=DOUBLE))
+    assert torch.allclose(info["abs_lowest"], truth(fn, z, 1, "l2")[0])
+
+
+# ---- rows that depend on each other
+
+
+@pytest.mark.parametrize("mode", ["abs", "rel"])
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_news_that_travel_from_row_to_row_are_waited_for(mode: str, batch_dims: int) -> None:
+    """Each row of a chain is still, with a residual of 0, until its neighbour's news arrive: it has not diverged."""
+    size = 30
+    links = torch.diag(torch.full((size - 1,), 0.9, dtype=DOUBLE), -1)
+    source = torch.zeros(size, 1, dtype=DOUBLE)
+    source[0] = 1
+    deq = get_deq(f_tol=1e-10, f_stop_mode=mode, f_max_iter=100, batch_dims=batch_dims).eval()
+    (z,), info = deq(lambda z: links @ z + source, torch.zeros(size, 1, dtype=DOUBLE))
+    exact = torch.linalg.solve(torch.eye(size, dtype=DOUBLE) - links, source)
+    assert info.converged.all()
+    assert torch.allclose(z, exact, atol=1e-12)
+
+
+# ---- when a run ends, and what it is called
+
+
+@pytest.mark.parametrize("batch", [3, 70])
+@pytest.mark.parametrize(
+    ("kind", "options", "status"),
+    [
+        ("expanding", {"max_iter": 12}, Status.DIVERGED),
+        ("expanding", {"max_iter": 12, "return_final": True}, Status.DIVERGED),
+        ("expanding", {"max_iter": 12, "tol": 0.0}, Status.DIVERGED),
+        ("flip", {"max_iter": 40}, Status.STALLED),
+        ("hard", {"max_iter": 10}, Status.MAX_STEPS),
+        ("easy", {"max_iter": 40}, Status.CONVERGED),
+        ("easy", {"max_iter": 80, "tol": 1e-18}, Status.AT_PRECISION),
+        ("easy", {"max_iter": 0}, Status.SKIPPED),
+        ("identity", {"max_iter": 3}, Status.CONVERGED),
+    ],
+)
+def test_the_status_says_what_happened(kind: str, options: dict[str, Any], status: Status, batch: int) -> None:
+    fn = maps(kind, batch, 4, DOUBLE)
+    deq = get_deq(solver={"name": "fixed_point_iter", **options}, on_failure="ignore").eval()
+    _, info = deq(fn, torch.zeros(batch, 4, dtype=DOUBLE))
+    assert set(info.counts()) <= {status, Status.CONVERGED if status == Status.AT_PRECISION else status}
+    assert status in info.counts()
+    assert info.failed() == (status not in (Status.CONVERGED, Status.AT_PRECISION, Status.SKIPPED))
+
+
+@pytest.mark.parametrize("solver", ["fixed_point_iter", "anderson", "broyden"])
+def test_a_run_of_fixed_length_that_ends_in_rounding_has_not_failed(solver: str) -> None:
+    fn = maps("tanh", 70, 7, DOUBLE)
+    deq = get_deq(f_solver=solver, f_tol=0.0, f_max_iter=400).eval()
+    with torch.no_grad():
+        _, info = deq(fn, torch.zeros(70, 7, dtype=DOUBLE))
+    assert not info.failed()
+    assert info["nfe"] == 401
+    assert (info["abs_lowest"] < 1e-12).all()
+
+
+@pytest.mark.parametrize("patience", [1, 3, 10])
+def test_patience_counts_checks_without_improvement(patience: int) -> None:
+    settings = {"name": "fixed_point_iter", "patience": patience, "max_iter": 100}
+    _, info = get_deq(solver=settings, on_failure="ignore").eval()(lambda z: 1 - z, torch.zeros(2, 3))
+    assert info["abs_trace"].shape == (2, patience + 1)
+    assert (info["status"] == Status.STALLED).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("solver", ["fixed_point_iter", "anderson", "broyden"])
+def test_half_precision_gets_as_far_as_it_can(dtype: torch.dtype, solver: str) -> None:
+    """A tolerance of 1.5 spacings is within reach; "at precision" would be an excuse."""
+    w, x = (_orthogonal(64) * 0.8).to(dtype), rand(8, 64, seed=2).to(dtype)
+    tol = 1.5 * torch.finfo(dtype).eps
+    deq = get_deq(f_solver=solver, f_tol=tol, f_stop_mode="rel", f_max_iter=60).eval()
+    (z,), info = deq(lambda z: torch.tanh(z @ w + x), torch.zeros(8, 64, dtype=dtype))
+    assert info.converged.all()
+    residual, size = truth(lambda z: torch.tanh(z @ w + x), z, 1, "l2")
+    assert (residual <= 1.0001 * tol * size).all()
+
+
+# ---- counts, memory, second use
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ift": True},
+        {"grad": 3, "n_states": 3},
+        {"core": "indexing", "indexing": [2, 4], "ift": True},
+        {"regularizers": ["jacobian"], "n_states": 2},
+        {"check_every": 4},
+        {"f_tol": 0.0},
+    ],
+    ids=str,
+)
+def test_every_evaluation_is_counted(solver: str, options: dict[str, Any], training: bool) -> None:
+    w, x = _orthogonal(5) * 0.9, rand(9, 5).requires_grad_()
+    counted = Faulty(lambda z: torch.tanh(z @ w + x), 0, frozenset(), None, 0.0)
+    deq = get_deq(f_solver=solver, f_max_iter=20, on_failure="ignore", **options).train(training)
+    z_out, info = deq(counted, torch.zeros(9, 5, dtype=DOUBLE), sradius_mode=True)
+    assert info["nfe"] == counted.count
+    assert (info["sample_nfe"] == counted.count).all()
+    z_out[-1].sum().backward()
+    assert info["nfe"] == counted.count
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("kind", ["identity", "view", "transposed", "easy"])
+@pytest.mark.parametrize("options", [{"max_iter": 0}, {"max_iter": 3, "return_final": True}, {"tol": 1e3}], ids=str)
+def test_the_result_is_not_z0s_memory(solver: str, kind: str, options: dict[str, Any]) -> None:
+    fn = (lambda z: z.mT) if kind == "transposed" else maps(kind, 4, 4, DOUBLE)
+    z0 = rand(4, 4)
+    before = z0.clone()
+    deq = get_deq(solver={"name": solver, **options}, on_failure="ignore").eval()
+    with torch.no_grad():
+        (z,), info = deq(fn, z0)
+        z.add_(1)
+        info["z"].add_(1)
+    assert torch.equal(z0, before)
+
+
+@pytest.mark.parametrize("solver", ["fixed_point_iter", "anderson", "broyden"])
+@torch.no_grad()
+def test_a_warm_start_can_be_repeated(solver: str) -> None:
+    w, x = _orthogonal(7) * 0.9, rand(5, 7)
+    zero = torch.zeros(5, 7, dtype=DOUBLE)
+    deq = get_deq(f_solver=solver, f_tol=1e-8, f_max_iter=300, keep_state=True).eval()
+    _, first = deq(lambda z: torch.tanh(z @ w + x), zero)
+    results = [deq(lambda z: torch.tanh(z @ w + 1.05 * x), zero, warm_start=first) for _ in range(2)]
+    assert torch.equal(results[0][0][0], results[1][0][0])
+    _, cold = deq(lambda z: torch.tanh(z @ w + 1.05 * x), zero)
+    assert results[0][1]["nfe"] == results[1][1]["nfe"] < cold["nfe"]
+    _, again = deq(lambda z: torch.tanh(z @ w + x), zero, warm_start=first)
+    assert again["nfe"] == 1
+    assert (truth(lambda z: torch.tanh(z @ w + 1.05 * x), results[0][0][0], 1, "l2")[0] <= 1e-8).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_error_in_f_passes_through_and_leaves_nothing_behind(training: bool) -> None:
+    class Own(Exception):
+        pass
+
+    deq = get_deq().train(training)
+
+    def fails(z: Tensor) -> Tensor:
+        raise Own
+
+    with pytest.raises(Own):
+        deq(fails, torch.zeros(2, 3))
+    assert current_scope() is None
+    assert deq(torch.cos, torch.zeros(2, 3))[1].converged.all()

@@ -21,7 +21,7 @@ from norms_support import (
     scaling,
 )
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import deqcore
 from deqcore import NormError, apply_norm, get_deq, register_norm, register_norm_module, remove_norm, reset_norm
@@ -82,6 +82,21 @@ def test_the_class_must_be_exactly_a_target():
 
     model = apply_norm(nn.Sequential(nn.Linear(2, 2), Special(2, 2)))
     assert parametrized(model[0]) and not parametrized(model[1])
+
+
+def test_layers_inside_a_parametrization_are_no_layers_of_the_model():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Linear(3, 3)
+
+        def forward(self, weight):
+            return self.mix(weight)
+
+    model = nn.ModuleList([nn.Linear(2, 2), nn.LayerNorm(3)])
+    parametrize.register_parametrization(model[1], "weight", Mixed())
+    apply_norm(model)
+    assert parametrized(model[0]) and not parametrized(scaling(model[1]).mix)
 
 
 def test_nothing_to_normalise_is_an_error_that_says_what_would_be():
@@ -299,6 +314,14 @@ def test_a_namespace_wins_over_keywords_as_in_torchdeq():
     assert (found.name, found.clip, found.target_norm) == ("spectral_norm", True, 0.5)
 
 
+def test_settings_of_another_norm_than_the_one_chosen_do_not_bother_it():
+    layer = apply_norm(nn.Linear(3, 3), args={"norm_type": "weight_norm", "sn_n_power_iters": 4})
+    assert type(scaling(layer)).__name__ == "ChannelScaling"
+    spectral = {"name": "spectral_norm", "n_power_iterations": 3, "target_norm": 0.5}
+    layer = apply_norm(nn.Linear(3, 3), spectral, args={"norm_type": "weight_norm", "norm_no_scale": True})
+    assert type(scaling(layer)).__name__ == "ChannelScaling" and scaling(layer).settings.target_norm == 1.0
+
+
 def test_a_programs_own_norm_attribute_is_left_alone():
     layer = apply_norm(nn.Linear(3, 3), args=argparse.Namespace(norm="batch", norm_type="spectral_norm"))
     assert type(scaling(layer)).__name__ == "SpectralScaling"
@@ -330,6 +353,7 @@ def test_a_programs_own_norm_attribute_is_left_alone():
             "n_power_iterations",
         ),
         (lambda m: apply_norm(m, learn_scale="perhaps"), deqcore.ConfigTypeError, "learn_scale"),
+        (lambda m: apply_norm(m, args={"norm_no_scale": "maybe"}), deqcore.ConfigTypeError, "norm_no_scale.*maybe"),
         (lambda m: apply_norm(m, 3), deqcore.ConfigTypeError, "a norm is given as"),
         (lambda m: apply_norm(m, None), deqcore.ConfigTypeError, "a norm is given as"),
         (lambda m: apply_norm(m, args=3), deqcore.ConfigTypeError, "args: a Namespace"),

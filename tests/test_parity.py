@@ -144,8 +144,8 @@ PUBLIC = {
     "simple_fixed_point_iter",
     "norm": "apply_norm reset_norm remove_norm register_norm register_norm_module",
     "loss": "jac_reg power_method fp_correction register_weight_func",
-    "dropout": "VariationalDropout VariationalDropout1d VariationalDropout2d VariationalDropout3d VariationalDropToken1d "
-    "VariationalDropToken2d VariationalDropToken3d reset_dropout",
+    "dropout": "VariationalDropout VariationalDropout1d VariationalDropout2d VariationalDropout3d "
+    "VariationalDropToken1d VariationalDropToken2d VariationalDropToken3d reset_dropout",
     "utils": "add_deq_args mem_gc mixed_init",
 }
 NAMES = [(module, name) for module, names in PUBLIC.items() for name in names.split()]

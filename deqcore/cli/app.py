@@ -132,7 +132,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `deqcore` with `arguments` (default: the process's) and exit.
 
-    An error of deqcore's is printed as one line on stderr, with exit code 2. Other exceptions are bugs: they pass through.
+    An error of deqcore's is printed as one line on stderr, with exit code 2. Other exceptions are bugs and pass on.
     """
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
