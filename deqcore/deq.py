@@ -217,11 +217,11 @@ class DEQ(nn.Module):
         info["regularizers"], info["regularization"] = parts, total
 
     def apply_norm(self, module: nn.Module, **options: Any) -> nn.Module:
-        """Put the configured weight normalisation (TorchDEQ's default, weight_norm, if none) on `module`'s layers."""
+        """Put the configured weight normalisation on `module`'s layers: weight_norm, TorchDEQ's default, where the
+        configuration says nothing; none where it says ``norm=None``."""
         from .norm import apply_norm
 
-        settings = self.config.norm
-        return apply_norm(module, settings if settings is not None else "weight_norm", **options)
+        return apply_norm(module, args=self.config, **options)
 
 
 def _torchdeq_order(

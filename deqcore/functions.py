@@ -16,6 +16,7 @@ from .interfaces import Core, LinearSolver, Norm, Solver
 from .iterate import iterate
 from .problem import Problem
 from .registry import registry
+from .scope import SolveScope
 from .settings import CoreSettings, SolverSettings
 from .state import StateSpec
 
@@ -232,7 +233,7 @@ def solver_function(name: str) -> SolverFunction:
         if options.keys() & {"rtol", "atol"} and (tol, stop_mode) == (1e-3, "abs"):
             del given["tol"], given["stop_mode"]  # left at their defaults, they are no second tolerance
         chosen = registry.create("solvers", given)
-        with torch.no_grad():
+        with SolveScope(), torch.no_grad():
             run = iterate(chosen, Problem.of(func, spec), spec.pack(x0).detach(), sample_at=indexing or ())
         states = [spec.output(state) for state in run.samples]
         return spec.output(run.solution["z"]), states, run.solution

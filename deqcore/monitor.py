@@ -64,6 +64,7 @@ class Monitor:
         self.final: Best | None = None
         #: False for a run that is judged at its end only: what replaces a state that isn't finite there is the start.
         self.recovers = True
+        self.first: Any = None  # every sample's residual at the first evaluation
 
     # ---- during the run
 
@@ -78,6 +79,7 @@ class Monitor:
         self.now = Best(z, residual, size, step)
         self.journal.add(self.now)
         if not self.checked:
+            self.first = residual if self.first is None else self.first
             self.start = float(rows.to64(residual).nan_to_num(0.0, 0.0, 0.0).max())
         self.checked.append(step)
         if self.keep_trace:
@@ -197,8 +199,8 @@ class Monitor:
         frozen = self.frozen
         if not self.recovers and self.strikes is not None:
             frozen = self.strikes > 0
-        last = self.now.residual
-        report = Report(final, last, steps, settings.patience, self.tolerance, self.trace, self.checked, frozen)
+        ends = (self.first, self.now.residual)
+        report = Report(final, ends, steps, settings.patience, self.tolerance, self.trace, self.checked, frozen)
         solution = report.solution(problem.nfe, problem.nvjp, problem.njvp)
         solution.spec = problem.spec
         if self.never_stops:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -192,10 +193,12 @@ def _from_args(args: Any) -> tuple[dict[str, Any], set[str]]:
     """What a configuration says about the norm, and which of it are defaults of flags that not every norm has."""
     if isinstance(args, str | os.PathLike):
         args = DEQConfig.load(args)
-    if args is None or (isinstance(args, DEQConfig) and args.norm is None):
-        return {}, set()
     if isinstance(args, DEQConfig):
-        return _section(args.norm), set()
+        if args.norm is not None:
+            return _section(args.norm), set()
+        return ({"name": "none"} if "norm" in args.model_fields_set else {}), set()
+    if args is None:
+        return {}, set()
     read = _read(args)
     given = read.get(GIVEN)
     found: dict[str, Any] = {}
@@ -226,11 +229,13 @@ def _from_args(args: Any) -> tuple[dict[str, Any], set[str]]:
 
 def _read(args: Any) -> dict[str, Any]:
     """The entries of `args` that may be about a norm."""
+    if isinstance(args, Mapping) and GIVEN in args:
+        args = Namespace(**cast("Mapping[str, Any]", args))  # vars() of what our own flags were parsed into
     if isinstance(args, Mapping):
         mapping = cast("Mapping[Any, Any]", args)
         known = DEQConfig.known_keys()
         for key in mapping:
-            if key not in known and key != GIVEN and str(key).partition(".")[0] not in SECTIONS:
+            if key not in known and str(key).partition(".")[0] not in SECTIONS:
                 raise UnknownKeyError(
                     f"args: unknown key {key!r}.{suggest(key, known)} Allowed: {', '.join(sorted(known))}."
                 )

@@ -84,7 +84,7 @@ class Report:
 
     Args:
         final: the state returned.
-        last: the residual at the last judged step.
+        ends: the residuals at the first evaluation and at the last judged step.
         steps: solver updates made.
         patience: judged steps without improvement after which the run would stop, or None.
         tolerance: when a sample is done.
@@ -95,7 +95,7 @@ class Report:
     def __init__(
         self,
         final: Best,
-        last: Any,
+        ends: tuple[Any, Any],
         steps: int,
         patience: int | None,
         tolerance: Tolerance,
@@ -104,7 +104,7 @@ class Report:
         frozen: Tensor | None,
     ) -> None:
         self.final = final
-        self.last = last
+        self.first, self.last = ends
         self.step_count = steps
         self.stale_after = min(STALLED_AFTER, patience or STALLED_AFTER)
         self.tolerance = tolerance
@@ -148,7 +148,7 @@ class Report:
             return torch.zeros(self.batch, dtype=torch.int64)  # the usual end: all converged
         residual, size = final.to64(self.rows)
         trace = self.traces()[0].nan_to_num(torch.inf)
-        lowest = trace.amin(1)
+        lowest = torch.minimum(trace.amin(1), self.rows.to64(self.first).nan_to_num(torch.inf))
         found = final.steps(self.batch)
         if self.trace:  # the first of equals: `final` is the last of them
             found = torch.tensor(self.checked)[(trace <= SAME * lowest[:, None]).int().argmax(1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,7 +67,7 @@ class Status(IntEnum):
         return self in (Status.CONVERGED, Status.AT_PRECISION, Status.SKIPPED)
 
 
-class Solution(Mapping[str, Any]):
+class Solution(MutableMapping[str, Any]):
     """What is known about a finished solve. A mapping with TorchDEQ's keys and more; detached, holding no graph.
 
     ====================  ==========================================================================
@@ -117,6 +117,9 @@ class Solution(Mapping[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         """Programs written for TorchDEQ add their own entries to `info`."""
         self._values[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._values[key]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)

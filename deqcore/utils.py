@@ -26,7 +26,7 @@ def mem_gc(func: Callable[..., Any], in_args: Sequence[Any] | None = None) -> An
 
     Returns:
         what `func` returns. Random numbers in it are drawn alike both times. In a solve, normalised weights and dropout
-        masks are those of the solve both times.
+        masks are those of the solve both times, which torch's own checkpoint can't know.
 
     Raises:
         FunctionTypeError: `in_args` is no tuple or list.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from deqcore import apply_norm
+from deqcore import add_deq_args, apply_norm
 
 NORMS = ["weight_norm", "spectral_norm"]
 
@@ -65,3 +67,8 @@ class Recurrent(nn.Module):
         self.recurrent = nn.Parameter(torch.randn(features, features))
         self.inner = nn.Linear(2, 2)
         self.__dict__["parent"] = [self]
+
+
+def parse(*flags):
+    """A Namespace of a program that takes deqcore's flags."""
+    return add_deq_args(argparse.ArgumentParser()).parse_args(flags)

@@ -281,12 +281,10 @@ def test_eval_returns_one_state_and_no_graph_without_grad():
 
 def test_the_value_in_eval_survives_a_gradient_that_is_not_finite():
     x = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
-    calls: list[int] = []
 
     def fn(z):
-        calls.append(1)
         out = 0.5 * z + x
-        return out * torch.inf if z.requires_grad or len(calls) > 300 else out
+        return out * torch.inf if torch.is_grad_enabled() else out  # overflows where the gradient is attached only
 
     z_out, info = get_deq(ift=False, f_max_iter=200, f_tol=1e-10).eval()(fn, Z0)
     assert torch.equal(z_out[0].detach(), info["z"]) and torch.isfinite(z_out[0]).all()

@@ -183,7 +183,7 @@ def test_names_that_are_the_programs_own_affair_attach_nothing():
 def test_every_flat_name_is_tried():
     tried = {
         key
-        for mark in test_what_each_name_means.pytestmark
+        for mark in vars(test_what_each_name_means)["pytestmark"]
         for given, *_ in mark.args[1]
         for key in given
         if mark.name == "parametrize"

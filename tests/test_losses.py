@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -224,7 +225,8 @@ def test_fp_correction_equals_torchdeqs(count, name, options):
         return ((x - y) * mask).abs().mean()
 
     results = []
-    for function in (fp_correction, torchdeq.loss.fp_correction):
+    functions: tuple[Any, ...] = (fp_correction, torchdeq.loss.fp_correction)
+    for function in functions:
         loss, values = function(crit, (z, y, mask), weight_func=name, return_loss_values=True, **options)
         results.append((loss.detach(), torch.tensor(values), *torch.autograd.grad(loss, z)))
         torch.testing.assert_close(function(crit, (z, y, mask), name, **options).detach(), loss.detach())
