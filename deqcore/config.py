@@ -35,6 +35,9 @@ from .validation import Finding, failure, unknown_key, validate
 
 __all__ = ["SECTIONS", "Arguments", "DEQConfig"]
 
+#: TorchDEQ's name for no norm; text has no None.
+NO_NORM = "none"
+
 
 class DEQConfig(BaseSettings):
     """Everything :func:`deqcore.get_deq` can be told.
@@ -47,7 +50,9 @@ class DEQConfig(BaseSettings):
     solver: SolverChoice = Field(default="fixed_point_iter", validate_default=True, description="forward solver")  # type: ignore[assignment]
     gradient: GradientChoice = Field(default="phantom", validate_default=True, description="gradient of the last state")  # type: ignore[assignment]
     core: CoreChoice = Field(default="sliced", validate_default=True, description="which states are returned")  # type: ignore[assignment]
-    norm: NormChoice | None = Field(None, description="weight normalisation that deq.apply_norm(module) puts on")
+    norm: NormChoice | None = Field(
+        None, description="weight normalisation that deq.apply_norm(module) puts on; weight_norm if not given"
+    )
     regularizers: tuple[RegularizerChoice, ...] = Field((), description="penalties for info['regularization']")
     on_failure: OnFailure = Field("warn", description="what a solve that misses its tolerance does")
     batch_dims: int = Field(1, ge=0, description="leading dimensions that count equilibria; 0: the whole state is one")
@@ -56,6 +61,11 @@ class DEQConfig(BaseSettings):
     keep_state: bool = Field(False, description="keep the solver's state in info, for warm starts")
     eval_factor: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor on max_iter in eval mode")
     eval_max_iter: int = Field(0, ge=0, description="max_iter in eval mode; 0 leaves it to eval_factor")
+
+    @field_validator("norm", mode="before")
+    @classmethod
+    def _none_is_a_name(cls, value: Any) -> Any:
+        return None if value == NO_NORM or value == {"name": NO_NORM} else value
 
     @field_validator("regularizers", mode="before")
     @classmethod
@@ -123,7 +133,13 @@ class DEQConfig(BaseSettings):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as plain values: what is unpickled depends on the names in it, not on where their classes live."""
-        return DEQConfig.from_dict, (_plain(self, self.model_dump()),)
+        return DEQConfig.from_dict, (self._plain(self.model_dump()),)
+
+    def _plain(self, dumped: dict[str, Any]) -> dict[str, Any]:
+        plain = _plain(self, dumped)
+        if self.norm is None and "norm" in self.model_fields_set:  # no norm was asked for, which is not the default
+            plain["norm"] = NO_NORM
+        return plain
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values that JSON has, too; ``DEQConfig.from_dict`` makes an equal configuration of them.
@@ -132,7 +148,7 @@ class DEQConfig(BaseSettings):
             ConfigTypeError: a third-party setting holds what can't be written as text.
         """
         try:
-            return _plain(self, self.model_dump(mode="json"))
+            return self._plain(self.model_dump(mode="json"))
         except PydanticSerializationError as error:
             raise ConfigTypeError(f"this configuration can't be written as plain values: {error}.") from error
 

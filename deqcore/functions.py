@@ -26,6 +26,8 @@ SolverFunction = Callable[..., Any]
 
 #: Arguments of TorchDEQ's solver functions that the kernel gives; the rest are the function's own settings.
 GIVEN_BY_KERNEL = ("max_iter", "tol", "stop_mode", "indexing", "return_final")
+#: Solvers that a solver function keeps, one for each set of options it was called with.
+CACHED = 16
 #: Annotations that become the setting's type; any other is left to the function.
 CHECKED_TYPES = (bool, int, float, str)
 
@@ -218,6 +220,7 @@ def solver_function(name: str) -> SolverFunction:
         (state, states at the steps in `indexing`, info).
     """
     solver_class = registry.get("solvers", name)
+    made: dict[str, Any] = {}  # solvers by their options: validating them costs more than ten steps on a small state
 
     def solver(
         func: Callable[..., Any],
@@ -232,7 +235,12 @@ def solver_function(name: str) -> SolverFunction:
         given = {"name": name, "max_iter": max_iter, "tol": tol, "stop_mode": stop_mode, **options}
         if options.keys() & {"rtol", "atol"} and (tol, stop_mode) == (1e-3, "abs"):
             del given["tol"], given["stop_mode"]  # left at their defaults, they are no second tolerance
-        chosen = registry.create("solvers", given)
+        key = repr(given)  # tells True from 1, as == does not
+        if key not in made:
+            if len(made) >= CACHED:
+                made.clear()
+            made[key] = registry.create("solvers", given)
+        chosen = made[key]
         with SolveScope(), torch.no_grad():
             run = iterate(chosen, Problem.of(func, spec), spec.pack(x0).detach(), sample_at=indexing or ())
         states = [spec.output(state) for state in run.samples]

@@ -87,7 +87,7 @@ def iterate(
     if solver.monitored:
         z, fz, stop = monitor.judge(0, z, fz)
     else:
-        monitor.first, _ = monitor.rows.measure(z, fz)
+        monitor.begin(monitor.rows.measure(z, fz)[0])
     method = cast("Solver[Any]", solver)  # a linear solver is given a linear problem
     kept = deepcopy(warm_state)  # the solution that it comes from may be used again
     state: Any = method.resume(problem, z, fz, kept) if kept is not None else method.init(problem, z, fz)

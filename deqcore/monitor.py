@@ -20,7 +20,7 @@ __all__ = ["Monitor"]
 #: A closer look (rounding error, samples done at different steps, divergence) is taken at every so many checks, and at
 #: each one whose worst residual is at most NEAR times its tolerance: only there can it end the run in the next steps.
 LOOK_EVERY = 8
-NEAR = 1e3
+NEAR = 50.0
 #: Failures after which a sample with a non-finite residual is frozen at its best state.
 STRIKES = 3
 #: How much larger the residual of a state put together from several steps may be than its parts' were.
@@ -55,7 +55,7 @@ class Monitor:
         self.now = Best(z, nothing, nothing, 0)
         self.journal = Journal(self.rows, self.tolerance, self.now)
         self.lowest: Any = nothing  # every sample's lowest residual so far
-        self.start = 0.0  # worst residual at the first check
+        self.start = math.nan  # worst residual at the first evaluation
         self.unit = math.inf  # size of the tolerance and the rounding error, to know when a closer look is worth it
         self.improved_at = 0
         self.coupled = False  # rows of a composed state turned out to depend on each other
@@ -64,7 +64,6 @@ class Monitor:
         self.final: Best | None = None
         #: False for a run that is judged at its end only: what replaces a state that isn't finite there is the start.
         self.recovers = True
-        self.first: Any = None  # every sample's residual at the first evaluation
 
     # ---- during the run
 
@@ -78,9 +77,8 @@ class Monitor:
             excess = self._excess(residual, size)
         self.now = Best(z, residual, size, step)
         self.journal.add(self.now)
-        if not self.checked:
-            self.first = residual if self.first is None else self.first
-            self.start = float(rows.to64(residual).nan_to_num(0.0, 0.0, 0.0).max())
+        if math.isnan(self.start):
+            self.begin(residual)
         self.checked.append(step)
         if self.keep_trace:
             self.trace.append((residual, size))
@@ -92,8 +90,24 @@ class Monitor:
         before, self.lowest = self.lowest, rows.lower(self.lowest, residual)
         if self.settings.patience is not None and bool((rows.to64(self.lowest) < rows.to64(before)).any()):
             self.improved_at = step
-        far = excess > NEAR * self.unit and len(self.checked) % LOOK_EVERY and self.settings.patience is None
-        return z, fz, not far and self._look_closer(step)
+        return z, fz, self._worth_a_look(residual, size, excess) and self._look_closer(step)
+
+    def begin(self, residual: Any) -> None:
+        """Take note of the first evaluation's residuals; a run that was not monitored is compared with these."""
+        worst = self.rows.to64(residual).nan_to_num(0.0, 0.0, 0.0).max()
+        self.start = float(worst)
+
+    def _worth_a_look(self, residual: Any, size: Any, excess: float) -> bool:
+        """Whether a closer look may end the run: by numbers that cost next to nothing, and may say yes in vain."""
+        if self.settings.patience is not None or self.frozen is not None:
+            return True
+        if excess > NEAR * self.unit and len(self.checked) % LOOK_EVERY:
+            return False
+        rows, tolerance = self.rows, self.tolerance
+        slope = max(tolerance.rtol, tolerance.floor)
+        self.unit = tolerance.peak + slope * rows.excess(size, size, 0.0, 0.0)
+        best = residual if self.coupled else self.lowest
+        return rows.excess(best, size, tolerance.atol, slope) <= 0 or rows.excess(residual, size, 0.0, 0.0) > (self.start or 0.0)
 
     def _excess(self, residual: Any, size: Any) -> float:
         """Largest residual above its tolerance, frozen samples aside."""
@@ -106,7 +120,6 @@ class Monitor:
         rows, tolerance, settings, now = self.rows, self.tolerance, self.settings, self.now
         residual, size = now.to64(rows)
         limit = tolerance.limit(size)
-        self.unit = float(limit.max())
         done = residual <= limit
         if self.frozen is not None:
             done = done | self.frozen
@@ -199,7 +212,7 @@ class Monitor:
         frozen = self.frozen
         if not self.recovers and self.strikes is not None:
             frozen = self.strikes > 0
-        ends = (self.first, self.now.residual)
+        ends = (self.start, self.now.residual)
         report = Report(final, ends, steps, settings.patience, self.tolerance, self.trace, self.checked, frozen)
         solution = report.solution(problem.nfe, problem.nvjp, problem.njvp)
         solution.spec = problem.spec

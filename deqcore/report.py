@@ -61,6 +61,7 @@ class Tolerance:
         atol, self.rtol = map(float, settings.thresholds())
         self.rows = rows
         self.floor = FLOOR_SPACINGS * eps
+        self.peak = atol if scale is None else atol * float(scale.max())  # the largest absolute tolerance
         self._atol64: Tensor | None = None
         self.fixed = atol == 0 and self.rtol == 0
         #: One number for all samples, or rows.
@@ -84,7 +85,7 @@ class Report:
 
     Args:
         final: the state returned.
-        ends: the residuals at the first evaluation and at the last judged step.
+        ends: the worst residual at the first evaluation, and every sample's at the last judged step.
         steps: solver updates made.
         patience: judged steps without improvement after which the run would stop, or None.
         tolerance: when a sample is done.
@@ -95,7 +96,7 @@ class Report:
     def __init__(
         self,
         final: Best,
-        ends: tuple[Any, Any],
+        ends: tuple[float, Any],
         steps: int,
         patience: int | None,
         tolerance: Tolerance,
@@ -104,7 +105,7 @@ class Report:
         frozen: Tensor | None,
     ) -> None:
         self.final = final
-        self.first, self.last = ends
+        self.start, self.last = ends
         self.step_count = steps
         self.stale_after = min(STALLED_AFTER, patience or STALLED_AFTER)
         self.tolerance = tolerance
@@ -148,7 +149,7 @@ class Report:
             return torch.zeros(self.batch, dtype=torch.int64)  # the usual end: all converged
         residual, size = final.to64(self.rows)
         trace = self.traces()[0].nan_to_num(torch.inf)
-        lowest = torch.minimum(trace.amin(1), self.rows.to64(self.first).nan_to_num(torch.inf))
+        lowest = trace.amin(1).clamp_max(self.start)
         found = final.steps(self.batch)
         if self.trace:  # the first of equals: `final` is the last of them
             found = torch.tensor(self.checked)[(trace <= SAME * lowest[:, None]).int().argmax(1)]

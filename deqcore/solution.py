@@ -166,8 +166,8 @@ class Solution(MutableMapping[str, Any]):
                 rows = status == code
                 worst, share = residual[rows].max().item(), relative[rows].max().item()
                 parts.append(
-                    f"{count} of {total} samples {code.name.lower()} ({code.text}; worst residual {worst:.3g} absolute, "
-                    f"{share:.3g} relative): {code.remedy}"
+                    f"{count} of {total} samples {code.name.lower()} ({code.text}; worst residual {worst:.3g} absolute,"
+                    f" {share:.3g} relative): {code.remedy}"
                 )
         return f"{what}: " + ("; ".join(parts) if parts else f"all {total} samples converged")
 

@@ -795,7 +795,26 @@ def test_round_trip(values, tmp_path):
     ):
         assert again == config
         assert again.to_dict() == config.to_dict()
+        assert ("norm" in again.model_fields_set) == ("norm" in config.model_fields_set)  # None may have been asked for
     assert load(config, batch_dims=5).to_dict() == {**config.to_dict(), "batch_dims": 5}
+
+
+@pytest.mark.parametrize("given_norm", [None, "none", {"name": "none"}])
+def test_no_norm_is_not_the_default_and_travels(given_norm, tmp_path):
+    from torch.nn.utils.parametrize import is_parametrized
+
+    config = DEQConfig(norm=given_norm)
+    config.save(tmp_path / "deq.toml")
+    for again in (
+        config,
+        load(norm=given_norm),
+        load({"norm": given_norm}),
+        load(tmp_path / "deq.toml"),
+        copy.copy(config),
+    ):
+        deq = pickle.loads(pickle.dumps(get_deq(again)))
+        assert deq.config.norm is None and not is_parametrized(deq.apply_norm(torch.nn.Linear(2, 2)))
+    assert is_parametrized(get_deq().apply_norm(torch.nn.Linear(2, 2)))
 
 
 def test_values_that_were_given_and_defaults_read_alike():

@@ -446,3 +446,32 @@ def test_an_error_in_f_passes_through_and_leaves_nothing_behind(training: bool) 
         deq(fails, torch.zeros(2, 3))
     assert current_scope() is None
     assert deq(torch.cos, torch.zeros(2, 3))[1].converged.all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_run_that_is_judged_at_its_end_tells_of_divergence(training: bool) -> None:
+    deq = get_deq(f_solver="simple_fixed_point_iter", f_max_iter=30, on_failure="ignore").train(training)
+    _, info = deq(maps("expanding", 3, 4, DOUBLE), torch.zeros(3, 4, dtype=DOUBLE))
+    assert (info["status"] == Status.DIVERGED).all()
+    assert info.failed()
+    deq = get_deq(f_solver="simple_fixed_point_iter", f_max_iter=3, f_tol=1e-9, on_failure="ignore").train(training)
+    _, info = deq(maps("hard", 3, 4, DOUBLE), torch.zeros(3, 4, dtype=DOUBLE))
+    assert (info["status"] == Status.MAX_STEPS).all()
+    assert not info.failed()  # no tolerance was aimed at
+
+
+@pytest.mark.parametrize("keep_trace", [True, False])
+@pytest.mark.parametrize("options", [{"tol": 0.0}, {"return_final": True}, {}], ids=str)
+def test_divergence_is_told_without_a_trace(keep_trace: bool, options: dict[str, Any]) -> None:
+    settings = {"name": "fixed_point_iter", "max_iter": 12, **options}
+    deq = get_deq(solver=settings, keep_trace=keep_trace, on_failure="ignore").eval()
+    _, info = deq(maps("expanding", 3, 4, DOUBLE), torch.zeros(3, 4, dtype=DOUBLE))
+    assert (info["status"] == Status.DIVERGED).all()
+
+
+@pytest.mark.parametrize("check_every", [1, 4, 100])
+def test_sampled_states_are_those_of_their_steps(check_every: int) -> None:
+    deq = get_deq(core="indexing", indexing=[2, 5], f_max_iter=9, f_tol=0.0, check_every=check_every)
+    z_out, _ = deq(lambda z: 0.5 * z + 1, torch.zeros(2, 3, dtype=DOUBLE))
+    for z, step in zip(z_out, (2, 5, 9), strict=True):
+        assert torch.allclose(z, torch.full_like(z, 2 - 2 * 0.5 ** (step + 1)))

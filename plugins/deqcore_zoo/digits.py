@@ -184,7 +184,7 @@ def fit(
     generator: torch.Generator,
     *,
     batch: int = BATCH,
-    lr: float = 6e-3,
+    lr: float = 1e-2,
     weight_decay: float = 1e-2,
 ) -> Iterator[Epoch | None]:
     """Train `model` with AdamW, one learning-rate cycle and augmented images.
