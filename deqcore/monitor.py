@@ -95,7 +95,7 @@ class Monitor:
     def begin(self, residual: Any) -> None:
         """Take note of the first evaluation's residuals; a run that was not monitored is compared with these."""
         worst = self.rows.to64(residual).nan_to_num(0.0, 0.0, 0.0).max()
-        self.start = float(worst)
+        self.start = float(worst) or math.inf  # nothing to go by where none was finite
 
     def _worth_a_look(self, residual: Any, size: Any, excess: float) -> bool:
         """Whether a closer look may end the run: by numbers that cost next to nothing, and may say yes in vain."""
