@@ -107,7 +107,8 @@ class Monitor:
         slope = max(tolerance.rtol, tolerance.floor)
         self.unit = tolerance.peak + slope * rows.excess(size, size, 0.0, 0.0)
         best = residual if self.coupled else self.lowest
-        return rows.excess(best, size, tolerance.atol, slope) <= 0 or rows.excess(residual, size, 0.0, 0.0) > (self.start or 0.0)
+        grown = rows.excess(residual, size, 0.0, 0.0) > self.start
+        return grown or rows.excess(best, size, tolerance.atol, slope) <= 0
 
     def _excess(self, residual: Any, size: Any) -> float:
         """Largest residual above its tolerance, frozen samples aside."""
