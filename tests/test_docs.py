@@ -55,3 +55,10 @@ def test_plugin_example_in_the_readme_is_a_plugin():
         z_out, info = get_deq(solver="halfway")(lambda z: 0.5 * z + 1, torch.zeros(2, 3))
     assert info.converged.all()
     torch.testing.assert_close(z_out[-1], torch.full((2, 3), 2.0), atol=5e-3, rtol=0)
+
+
+def test_example_learns():
+    import runpy
+
+    example = runpy.run_path(str(ROOT / "examples" / "mlp.py"))
+    assert example["main"](steps=120) > 0.85
