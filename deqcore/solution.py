@@ -42,7 +42,7 @@ class Status(IntEnum):
     STALLED = (
         4,
         "the residual has stopped falling",
-        "use damping below 1, another solver, or a looser tolerance if the residual is good enough",
+        "use damping below 1, another solver, a looser tolerance, or batch_dims=0 if f couples samples",
     )
     AT_PRECISION = (
         5,
@@ -93,6 +93,7 @@ class Solution(MutableMapping[str, Any]):
 
     def __init__(self, values: Mapping[str, Any], spec: StateSpec | None = None, solver_state: Any = None) -> None:
         self._values: dict[str, Any] = dict(values)
+        self._pending = {key for key, value in values.items() if callable(value)}
         self.spec = spec
         self.solver_state = solver_state
         #: Statuses that are no failure of this solve besides those that never are: a run of a fixed number of steps
@@ -110,16 +111,18 @@ class Solution(MutableMapping[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         value = self._values[key]
-        if callable(value):  # traces are stacked when somebody looks
-            value = self._values[key] = value()
+        if key in self._pending and callable(value):  # traces are stacked when somebody looks
+            self[key] = value = value()
         return value
 
     def __setitem__(self, key: str, value: Any) -> None:
         """Programs written for TorchDEQ add their own entries to `info`."""
+        self._pending.discard(key)
         self._values[key] = value
 
     def __delitem__(self, key: str) -> None:
         del self._values[key]
+        self._pending.discard(key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -130,6 +133,7 @@ class Solution(MutableMapping[str, Any]):
     def __getstate__(self) -> dict[str, Any]:
         return {
             "_values": dict(self.items()),
+            "_pending": set(),
             "spec": None,
             "solver_state": None,
             "accepted": self.accepted,
