@@ -137,7 +137,7 @@ class DEQ(nn.Module):
             spec = cast(StateSpec, problem.spec)
             z_out = [spec.output(state) for state in states]
         info["nfe"] = problem.nfe
-        info["sample_nfe"] = torch.full_like(info["status"], problem.nfe)
+        info["sample_nfe"] = torch.full((spec.batch,), problem.nfe, device=spec.device)
         info["nvjp"], info["njvp"] = problem.nvjp, problem.njvp
         return z_out, info
 
