@@ -70,11 +70,10 @@ class Journal:
 
     def _rows_of(self, which: Tensor) -> Tensor:
         """The packed state whose row i is that of entry which[i]."""
-        used: list[int] = which.unique().tolist()
-        z = self.entries[used[0]].z
-        for k in used[1:]:
-            z = torch.where((which == k).to(z.device)[:, None], self.entries[k].z, z)
-        return z
+        used, place = which.unique(return_inverse=True)
+        rows = place * which.shape[0] + torch.arange(which.shape[0])
+        states = torch.cat([self.entries[k].z for k in used.tolist()])
+        return states.index_select(0, rows.to(states.device))
 
     def common(self) -> Best:
         """The best state of one step: the one whose worst sample is best, in units of the tolerance."""

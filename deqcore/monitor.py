@@ -195,11 +195,11 @@ class Monitor:
         if self.final is None:
             if keep_last or self.settings.return_final:
                 self.final = self.now
+            elif self.tolerance.fixed:  # a run of a fixed number of steps has no evaluation to spare
+                self.final = self.journal.common()
             elif isinstance((best := self.journal.best()).step, int):
                 self.final = best
-            elif (
-                self.tolerance.fixed or self.coupled or not self._confirm(best)
-            ):  # a fixed run has no evaluation to spare
+            elif self.coupled or not self._confirm(best):
                 self.final = self.journal.common()
         return self._report(self.final or self.now, steps)
 
