@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import alias as _alias
+from . import startup as _startup
 from .config import DEQConfig
 from .deq import DEQ, get_deq, reset_deq
 from .dropout import (
@@ -150,3 +151,4 @@ __all__ = [
 __version__ = "0.1.0"
 
 _alias.install(__name__)
+_startup.done()
