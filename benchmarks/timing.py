@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 __all__ = ["Spread", "paired_ratios", "per_call"]
 
-#: A measurement shorter than this many seconds is repeated until it is as long: clock and caches need it.
-SHORTEST = 2e-3
+#: A measurement shorter than this many seconds is repeated until it is as long: each case finds the caches as the one
+#: before it left them.
+SHORTEST = 2e-2
 
 Case = Callable[[], Any]
 Name = TypeVar("Name", bound=Hashable)
