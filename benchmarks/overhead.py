@@ -94,7 +94,7 @@ def _even_table(shapes: tuple[tuple[int, int], ...], quick: bool) -> Table:
     )
     for shape in shapes:
         large = shape[1] > 1000
-        steps, rounds = (10, 3) if large else (STEPS, 5 if quick else 15)
+        steps, rounds = (10, 3) if large else (STEPS, 5 if quick else 11)
         stops = ("rel",) if large or quick else ("abs", "rel")
         micro, found = _ratios(even(*shape), shape, SOLVERS, stops, steps, rounds)
         for name in SOLVERS:

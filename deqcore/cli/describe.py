@@ -20,7 +20,7 @@ BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "length >=
 
 def summary(entry: Entry) -> dict[str, str]:
     """One row of the list: kind, name, origin, version, module, status, cause of a bad status, one-line meaning."""
-    status, cause = _state(entry)
+    status, cause = registry.state_of(entry)
     loaded = registry.load(entry) if status not in ("broken", "disabled") else None
     return {
         "kind": entry.kind,
@@ -32,14 +32,6 @@ def summary(entry: Entry) -> dict[str, str]:
         "cause": cause,
         "meaning": _first_paragraph(docstring(loaded)),
     }
-
-
-def _state(entry: Entry) -> tuple[str, str]:
-    """The registry's word on `entry`; a module that raises what no plugin should must not end the list of all."""
-    try:
-        return registry.state_of(entry)
-    except (Exception, SystemExit) as error:
-        return "broken", f"importing it raised {type(error).__name__}: {error}"
 
 
 def details(entry: Entry) -> dict[str, Any]:
