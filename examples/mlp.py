@@ -17,7 +17,7 @@ class Classifier(nn.Module):
         self.cell = nn.Linear(hidden, hidden)
         self.head = nn.Linear(hidden, classes)
         self.deq = deqcore.get_deq(solver="anderson", gradient="implicit")
-        deqcore.apply_norm(self.cell, "spectral_norm", learn_scale=False, target_norm=0.9)  # keeps the map a contraction
+        deqcore.apply_norm(self.cell, "spectral_norm", learn_scale=False, target_norm=0.9)  # keeps f a contraction
 
     def forward(self, x: Tensor) -> Tensor:
         injected = self.inject(x)
