@@ -50,9 +50,11 @@ from .problem import Linearization, LinearProblem, Problem
 from .registry import Registry, registry
 from .scope import SolveScope, current_scope, once
 from .settings import (
+    AnySolverChoice,
     CoreSettings,
     GradientChoice,
     GradientSettings,
+    LinearSolverChoice,
     NormSettings,
     RegularizerSettings,
     Settings,
@@ -66,6 +68,7 @@ from .utils import mem_gc, mixed_init
 
 __all__ = [
     "DEQ",
+    "AnySolverChoice",
     "BrokenPluginError",
     "ConfigError",
     "ConfigTypeError",
@@ -84,6 +87,7 @@ __all__ = [
     "GradientSettings",
     "LinearProblem",
     "LinearSolver",
+    "LinearSolverChoice",
     "Linearization",
     "MissingExtraError",
     "Norm",

@@ -16,8 +16,10 @@ from .errors import BrokenPluginError, ConfigError, ConfigTypeError, PluginWarni
 
 __all__ = [
     "ALLOW",
+    "CHOICES",
     "DISABLE",
     "KINDS",
+    "UNIONS",
     "Entry",
     "EntryPoint",
     "Kind",
@@ -63,6 +65,12 @@ KINDS: dict[str, Kind] = {
         Kind("commands", "deqcore_command"),
     )
 }
+
+#: Settings that take an implementation of any of several kinds: these, in the order in which a name is looked up.
+UNIONS: dict[str, tuple[str, ...]] = {"any_solvers": ("linear_solvers", "solvers")}
+
+#: Everything that a setting can be a choice of. What the kinds of a union have in common is what Solver has.
+CHOICES: dict[str, Kind] = {**KINDS, **{name: Kind(name, "", interfaces.Solver) for name in UNIONS}}
 
 
 def kind_of(text: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
 from torch import Tensor, nn
@@ -70,6 +71,16 @@ class Step(NamedTuple):
     fz: Tensor | None = None
 
 
+def _select(state: Any, rows: Tensor) -> Any:
+    if dataclasses.is_dataclass(state) and not isinstance(state, type):
+        parts = {field.name: _select(getattr(state, field.name), rows) for field in dataclasses.fields(state)}
+        chosen = object.__new__(type(state))  # a state's __init__ may take something else
+        for name, part in parts.items():
+            object.__setattr__(chosen, name, part)
+        return chosen
+    return pytree.tree_map_only(Tensor, lambda t: t[rows] if t.dim() else t, state)
+
+
 class Solver(Plugin[SolverS]):
     """A fixed-point method: how to get from one state to the next. Loop, stop test and counts are the kernel's.
 
@@ -79,6 +90,7 @@ class Solver(Plugin[SolverS]):
     settings_type: ClassVar[type[Settings]] = SolverSettings
     #: False for a method that never looks at residuals before its last step (no statistics, no early stop).
     monitored: ClassVar[bool] = True
+    estimates: ClassVar[bool] = False  # see LinearSolver
 
     def init(self, problem: Problem, z: Tensor, fz: Tensor) -> Any:
         """The solver's state before the first step. Default: none."""
@@ -96,8 +108,13 @@ class Solver(Plugin[SolverS]):
         return self.init(problem, z, fz)
 
     def select(self, state: Any, rows: Tensor) -> Any:
-        """`state` for the given rows of the batch. Default: index dimension 0 of every tensor in it."""
-        return pytree.tree_map_only(Tensor, lambda t: t[rows], state)
+        """`state` for the given rows of the batch. Default: index dimension 0 of every tensor in it, which may be any
+        pytree, or a dataclass of pytrees; tensors without dimensions stay."""
+        return _select(state, rows)
+
+    def notes(self, state: Any) -> Mapping[str, Any]:
+        """What the method has to say of a finished solve, as further entries of ``info``. Default: nothing."""
+        return {}
 
     def inverse(self, state: Any) -> Callable[[Tensor], Tensor] | None:
         """The method's estimate of (I - J)^-1 as a map of (batch, features) tensors, or None where it has none."""
@@ -117,6 +134,9 @@ class LinearSolver(Plugin[SolverS]):
 
     settings_type: ClassVar[type[Settings]] = SolverSettings
     monitored: ClassVar[bool] = True
+    #: True where the A u + b that `step` returns comes from a recurrence and not from a product. The loop then makes one
+    #: product before it calls anything converged; where that finds otherwise, the solve goes on from a new state.
+    estimates: ClassVar[bool] = False
 
     def init(self, problem: LinearProblem, u: Tensor, fu: Tensor) -> Any:
         """The solver's state before the first step. Default: none."""
@@ -128,6 +148,7 @@ class LinearSolver(Plugin[SolverS]):
 
     resume = Solver.resume
     select = Solver.select
+    notes = Solver.notes
     inverse = Solver.inverse
     solve = Solver.solve
 

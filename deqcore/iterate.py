@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any, NamedTuple, cast
 
@@ -27,18 +28,24 @@ class Run(NamedTuple):
     samples: list[Tensor]
 
 
+class Options(NamedTuple):
+    """What a run is asked for besides its solver and its problem; see :func:`iterate`."""
+
+    sample_at: Collection[int] = ()
+    scale: Tensor | None = None
+    check_every: int = 1
+    keep_trace: bool = True
+    keep_state: bool = False
+    warm_state: Any = None
+    callback: Callback | None = None
+
+
 def iterate(
     solver: Solver[Any] | LinearSolver[Any],
     problem: Problem,
     z: Tensor,
-    *,
-    sample_at: Collection[int] = (),
-    scale: Tensor | None = None,
-    check_every: int = 1,
-    keep_trace: bool = True,
-    keep_state: bool = False,
-    warm_state: Any = None,
-    callback: Callback | None = None,
+    fz: Tensor | None = None,
+    **options: Any,
 ) -> Run:
     """Solve `problem` from `z` with `solver`.
 
@@ -46,90 +53,122 @@ def iterate(
         solver: gives the step; its settings give tolerance and step limit.
         problem: f on packed states.
         z: packed start, shape (B, F); not changed.
+        fz: f(z), where it is known already.
         sample_at: steps whose state (the best so far) to return as well.
         scale: (B,) factor of each sample's absolute tolerance; the adjoint solve gives its cotangents' norms.
         check_every: judge every k-th step only; between checks nothing waits for the device.
         keep_trace: whether to keep the residuals of all checks.
         keep_state: whether the solution keeps the solver's state.
         warm_state: solver state of an earlier solve to resume from.
-        callback: called as callback(step, z, residual) after each check, residual of shape (B,).
+        callback: called as callback(step, z, residual) after each check, residual of shape (B,); ends the run by
+            returning True.
 
     Returns:
         the solution, whose residual is that of the state it holds, and the sampled states.
     """
     device = z.device.type
-    if torch.is_autocast_enabled(device):  # for f, which the problem calls under it; solvers compute in full precision
-        with torch.autocast(device, enabled=False):
-            return iterate(
-                solver,
-                problem,
-                z,
-                sample_at=sample_at,
-                scale=scale,
-                check_every=check_every,
-                keep_trace=keep_trace,
-                keep_state=keep_state,
-                warm_state=warm_state,
-                callback=callback,
-            )
-    settings = cast(SolverSettings, solver.settings)
-    last = settings.max_iter
-    z = start = problem.round(z)
-    monitor = Monitor(problem, z, settings, scale, keep_trace)
-    if last == 0:
-        return Run(monitor.skipped(), [z] * len(sample_at))
-    if type(solver).solve not in (Solver.solve, LinearSolver.solve):
-        return _own_loop(solver, problem, z, monitor, sample_at)
-    monitor.recovers = solver.monitored
-    keep_last = settings.return_final or not solver.monitored
-    check_every = check_every if solver.monitored else last
-    fz, stop, rounds = problem(z), False, problem.rounds
-    if solver.monitored:
-        z, fz, stop = monitor.judge(0, z, fz)
-    else:
-        monitor.begin(monitor.rows.measure(z, fz)[0])
-    method = cast("Solver[Any]", solver)  # a linear solver is given a linear problem
-    kept = deepcopy(warm_state)  # the solution that it comes from may be used again
-    state: Any = method.resume(problem, z, fz, kept) if kept is not None else method.init(problem, z, fz)
-    samples: list[Tensor] = []
-    k = 0
-    while not stop and k < last:
-        z, state, fz = method.step(problem, z, fz, state)
-        k += 1
-        if monitor.frozen is not None:
-            z, fz = monitor.hold(z), None
-        if rounds:
-            z, fz = problem.round(z), None
-        if fz is None:
-            fz = problem(z)
-        if k % check_every == 0 or k == last or k in sample_at:
-            strikes = monitor.strikes
-            z, fz, stop = monitor.judge(k, z, fz)
-            if check_every > 1 and monitor.strikes is not strikes:  # NaN may have got into the history unseen
-                state = method.init(problem, z, fz)
-            if callback is not None:
-                callback(k, z, monitor.rows.to64(monitor.now.residual).to(z))
-        if k in sample_at and not stop:
-            samples.append(z if keep_last else monitor.journal.best().z)
-    solution = monitor.finish(k, keep_last)
-    if solution["z"].untyped_storage().data_ptr() == start.untyped_storage().data_ptr():
-        solution["z"] = solution["z"].clone()  # the start, or a view of it that f gave back
-    if not solver.monitored:
-        solution.accepted = (Status.MAX_STEPS, Status.STALLED)
-    if keep_state:
-        solution.solver_state = state
-    samples += [solution["z"]] * (len(sample_at) - len(samples))
-    return Run(solution, samples)
+    # f is called under the autocast that is on; solvers compute in full precision.
+    off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with off:
+        return _Loop(cast("Solver[Any]", solver), problem, Options(**options)).run(z, fz)
 
 
-def _own_loop(
-    solver: Solver[Any] | LinearSolver[Any], problem: Problem, z: Tensor, monitor: Monitor, sample_at: Collection[int]
-) -> Run:
-    """A solver that brings its own loop: run it, then judge what it returned by one evaluation."""
-    before, monitor.recovers = problem.nfe, False
-    final, samples = solver.solve(problem, z, sorted(sample_at))
-    final = problem.round(final)
-    steps = problem.nfe - before
-    monitor.judge(steps, final, problem(final))
-    samples = samples[: len(sample_at)]
-    return Run(monitor.finish(steps, keep_last=True), samples + [final] * (len(sample_at) - len(samples)))
+class _Loop:
+    """One run. A linear solver is stepped like any other: what it is given is a linear problem."""
+
+    def __init__(self, solver: Solver[Any], problem: Problem, options: Options) -> None:
+        self.solver = solver
+        self.problem = problem
+        self.options = options
+        self.settings = cast(SolverSettings, solver.settings)
+
+    def run(self, z: Tensor, fz: Tensor | None) -> Run:
+        solver, problem, settings, options = self.solver, self.problem, self.settings, self.options
+        start = z
+        z = problem.round(z)
+        if z is not start:
+            fz = None
+        self.monitor = monitor = Monitor(problem, z, settings, options.scale, options.keep_trace)
+        if settings.max_iter == 0:
+            return Run(monitor.skipped(), [z] * len(options.sample_at))
+        if type(solver).solve not in (Solver.solve, LinearSolver.solve):
+            return self._own_loop(z)
+        monitor.recovers = solver.monitored
+        self.samples: list[Tensor] = []
+        first, stop = problem(z) if fz is None else fz, False
+        if solver.monitored:
+            z, first, stop = monitor.judge(0, z, first)
+        else:
+            monitor.begin(monitor.rows.measure(z, first)[0])
+        kept = deepcopy(options.warm_state)  # the solution that it comes from may be used again
+        state: Any = solver.resume(problem, z, first, kept) if kept is not None else solver.init(problem, z, first)
+        step, state = (0, state) if stop else self._steps(z, first, state)
+        return self._result(step, state, start)
+
+    def _steps(self, z: Tensor, fz: Tensor | None, state: Any) -> tuple[int, Any]:
+        """Step until the run ends. Returns the number of steps and the solver's state."""
+        solver, problem, settings, monitor = self.solver, self.problem, self.settings, self.monitor
+        last, rounds, sample_at, budget = settings.max_iter, problem.rounds, self.options.sample_at, settings.max_nfe
+        check_every = self.options.check_every if solver.monitored else last
+        k, stop = 0, False
+        while not stop and k < last and (budget is None or problem.work < budget):
+            z, state, fz = solver.step(problem, z, cast(Tensor, fz), state)
+            k += 1
+            if monitor.frozen is not None:
+                z, fz = monitor.hold(z), None
+            if rounds:
+                z, fz = problem.round(z), None
+            estimated = fz is not None and solver.estimates
+            if fz is None:
+                fz = problem(z)
+            if check_every == 1 or k % check_every == 0 or k == last or k in sample_at:
+                strikes = monitor.strikes
+                z, fz, stop = monitor.judge(k, z, fz)
+                if stop and estimated:
+                    z, fz, stop = monitor.judge(k, z, problem(z), again=True)
+                    state = state if stop else solver.init(problem, z, fz)
+                elif check_every > 1 and monitor.strikes is not strikes:  # NaN may have got into the history unseen
+                    state = solver.init(problem, z, fz)
+                stop = self._tell(k, z, stop)
+        return k, state
+
+    def _tell(self, k: int, z: Tensor, stop: bool) -> bool:
+        """Hand the state judged to who asked for it; whether to stop."""
+        callback, monitor = self.options.callback, self.monitor
+        if k in self.options.sample_at and not stop:
+            self.samples.append(z if self._keeps_last() else monitor.journal.best().z)
+        if callback is None:
+            return stop
+        return callback(k, z, monitor.rows.to64(monitor.now.residual).to(z)) is True or stop
+
+    def _keeps_last(self) -> bool:
+        return self.settings.return_final or not self.solver.monitored
+
+    def _result(self, step: int, state: Any, start: Tensor) -> Run:
+        monitor, solver = self.monitor, self.solver
+        if solver.estimates and monitor.final is None:
+            best = monitor.journal.best()
+            monitor.judge(step, best.z, self.problem(best.z), again=True)
+            monitor.final = monitor.now
+        solution = monitor.finish(step, self._keeps_last())
+        if solution["z"].untyped_storage().data_ptr() == start.untyped_storage().data_ptr():
+            solution["z"] = solution["z"].clone()  # the start, or a view of it that f gave back
+        if not solver.monitored:
+            solution.accepted = (Status.MAX_STEPS, Status.STALLED)
+        if self.options.keep_state:
+            solution.solver_state = state
+        for key, value in solver.notes(state).items():
+            solution[key] = value
+        samples = self.samples + [solution["z"]] * (len(self.options.sample_at) - len(self.samples))
+        return Run(solution, samples)
+
+    def _own_loop(self, z: Tensor) -> Run:
+        """A solver that brings its own loop: run it, then judge what it returned by one evaluation."""
+        problem, monitor, sample_at = self.problem, self.monitor, self.options.sample_at
+        before, monitor.recovers = problem.nfe, False
+        final, samples = self.solver.solve(problem, z, sorted(sample_at))
+        final = problem.round(final)
+        steps = problem.nfe - before
+        monitor.judge(steps, final, problem(final))
+        samples = samples[: len(sample_at)]
+        return Run(monitor.finish(steps, keep_last=True), samples + [final] * (len(sample_at) - len(samples)))

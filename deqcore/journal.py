@@ -41,6 +41,10 @@ class Journal:
             self.entries = [best]
             self._common = None if best is common else common
 
+    def retract(self) -> None:
+        """Forget the last state, and with it all that its claim may have hidden: estimates only get better."""
+        self.entries, self._common, self._merged = self.entries[:1], None, None
+
     def best(self) -> Best:
         """Every sample's best state, put together."""
         if self._merged is not None and self._merged[0] is self.entries[-1]:

@@ -138,7 +138,8 @@ def _installed_flags() -> dict[str, str]:
 def _flags_of(path: str, kind: str, flags: dict[str, str]) -> None:
     """Add the flags of one section, and of the sections inside (``gradient.solver.memory``)."""
     from .errors import PluginError
-    from .registry import KINDS, registry
+    from .entries import CHOICES
+    from .registry import registry
 
     owners: dict[str, list[str]] = {}
     inner: dict[str, str] = {}
@@ -156,7 +157,7 @@ def _flags_of(path: str, kind: str, flags: dict[str, str]) -> None:
                 owners.setdefault(f"{path}.{field}", []).append(entry.name)
     for flag, names in owners.items():
         flags[flag] += f" [{', '.join(names)}]"
-    flags[f"{path}.name"] = f"{KINDS[kind].singular}, by name: {', '.join(registry.names(kind))}"
+    flags[f"{path}.name"] = f"{CHOICES[kind].singular}, by name: {', '.join(registry.names(kind))}"
     for field, nested in inner.items():
         if path.count(".") == 0:  # a solver may have a solver of its own: stop somewhere
             _flags_of(f"{path}.{field}", nested, flags)

@@ -122,9 +122,10 @@ def _section(kind: str, default: dict[str, Any], layers: Sequence[list[Entry]], 
     Where a stronger layer names another implementation, only what all of the kind have is kept of the weaker ones, and
     flat options.
     """
-    from .registry import KINDS, registry
+    from .entries import CHOICES
+    from .registry import registry
 
-    base: Any = KINDS[kind].interface
+    base: Any = CHOICES[kind].interface
     parts = [_open(entries, path, base.settings_type) for entries in layers]
     name: Given | None = None
     oldest = full = 0  # layers from `oldest` on count for what is common, from `full` on altogether
@@ -142,7 +143,7 @@ def _section(kind: str, default: dict[str, Any], layers: Sequence[list[Entry]], 
     if last.value is not None:
         notes.given[path] = said[-1], last.value
         return last.value.value
-    effective: Any = name.value if name is not None else default.get("name") or KINDS[kind].default
+    effective: Any = name.value if name is not None else default.get("name") or CHOICES[kind].default
     if kind == "norms" and effective == "none":
         notes.given[path] = said[-1], name or last.entries[0][1]
         return None
@@ -160,7 +161,7 @@ def _section(kind: str, default: dict[str, Any], layers: Sequence[list[Entry]], 
         else [e for e in part.entries if rank >= full or e[0][0] in common or (e[1].flat and e[0][0] != "name")]
         for rank, part in enumerate(parts)
     ]
-    return merge(model, kept, notes, path, f"{KINDS[kind].singular} {effective!r}")
+    return merge(model, kept, notes, path, f"{CHOICES[kind].singular} {effective!r}")
 
 
 def _open(entries: list[Entry], path: Path, base: type[Settings]) -> _Part:

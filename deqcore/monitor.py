@@ -67,9 +67,14 @@ class Monitor:
 
     # ---- during the run
 
-    def judge(self, step: int, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """Take in f(z) at this step. Returns z and f(z), repaired where they were not finite, and whether to stop."""
+    def judge(self, step: int, z: Tensor, fz: Tensor, again: bool = False) -> tuple[Tensor, Tensor, bool]:
+        """Take in f(z) at this step. Returns z and f(z), repaired where they were not finite, and whether to stop.
+
+        `again` takes back what was said of this step before, from an f(z) that was an estimate.
+        """
         rows, tolerance = self.rows, self.tolerance
+        if again:
+            self._retract()
         residual, size = rows.measure(z, fz)
         excess = rows.excess(residual, size, tolerance.atol, tolerance.rtol)
         if self.frozen is not None or not -math.inf < excess < math.inf:
@@ -91,6 +96,13 @@ class Monitor:
         if self.settings.patience is not None and bool((rows.to64(self.lowest) < rows.to64(before)).any()):
             self.improved_at = step
         return z, fz, self._worth_a_look(residual, size, excess) and self._look_closer(step)
+
+    def _retract(self) -> None:
+        self.final = None
+        self.journal.retract()
+        self.checked.pop()
+        if self.keep_trace:
+            self.trace.pop()
 
     def begin(self, residual: Any) -> None:
         """Take note of the first evaluation's residuals; a run that was not monitored is compared with these."""

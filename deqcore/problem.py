@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .state import StateSpec
 
@@ -56,6 +57,11 @@ class Problem:
         return self._call(z)
 
     @property
+    def work(self) -> int:
+        """Evaluations of f and products with its Jacobian so far."""
+        return self.nfe + self.nvjp + self.njvp
+
+    @property
     def rounds(self) -> bool:
         """Whether f sees a narrower dtype than the packed one somewhere, so that states must be rounded for it."""
         return self.spec is not None and self.spec.rounds
@@ -67,6 +73,18 @@ class Problem:
     def round(self, z: Tensor) -> Tensor:
         """`z` as f sees it, rounded where a leaf of the state is narrower than the packed dtype."""
         return self.spec.round(z) if self.spec is not None else z
+
+    def jvp(self, z: Tensor, tangent: Tensor) -> Tensor:
+        """J @ tangent at `z`, shape (batch, features), in forward mode: one evaluation of f on dual numbers.
+
+        Raises:
+            NotImplementedError, RuntimeError: something in f has no forward derivative; see :meth:`linearize`.
+        """
+        self.njvp += 1
+        with forward_ad.dual_level():
+            dual = self._call(forward_ad.make_dual(z.detach(), tangent))
+            product = forward_ad.unpack_dual(dual).tangent
+        return torch.zeros_like(tangent) if product is None else product.detach()
 
     def linearize(self, z: Tensor) -> Linearization:
         """Evaluate f at `z` once, with its graph, for products with J = df/dz."""
@@ -102,6 +120,7 @@ class Linearization:
         self.problem = problem
         self.z = z
         self.fz = fz
+        self._pulled: tuple[Tensor, Tensor | None] | None = None
 
     def vjp(self, cotangent: Tensor, create_graph: bool = False) -> Tensor:
         """J^T @ cotangent, shape (batch, features); zeros where f doesn't depend on z."""
@@ -114,14 +133,20 @@ class Linearization:
         return torch.zeros_like(cotangent) if product is None else product  # pyright: ignore
 
     def jvp(self, tangent: Tensor) -> Tensor:
-        """J @ tangent, shape (batch, features), as the vjp of the vjp: works for any autograd function in f."""
+        """J @ tangent, shape (batch, features), as the vjp of the vjp: works for any autograd function in f.
+
+        The first product costs a second backward more than the others.
+        """
         self.problem.njvp += 1
         if not self.fz.requires_grad:
             return torch.zeros_like(tangent)
-        with torch.enable_grad():
-            dummy = torch.zeros_like(self.fz, requires_grad=True)
-            (pulled,) = torch.autograd.grad(self.fz, self.z, dummy, create_graph=True, allow_unused=True)
-        if pulled is None or not pulled.requires_grad:  # pyright: ignore
+        if self._pulled is None:
+            with torch.enable_grad():
+                dummy = torch.zeros_like(self.fz, requires_grad=True)
+                (pulled,) = torch.autograd.grad(self.fz, self.z, dummy, create_graph=True, allow_unused=True)
+            self._pulled = dummy, pulled
+        dummy, pulled = self._pulled
+        if pulled is None or not pulled.requires_grad:
             return torch.zeros_like(tangent)
         (product,) = torch.autograd.grad(pulled, dummy, tangent, retain_graph=True, allow_unused=True)
         return torch.zeros_like(tangent) if product is None else product  # pyright: ignore

@@ -15,7 +15,20 @@ from typing import Any
 
 import pluggy
 
-from .entries import ALLOW, DISABLE, KINDS, Entry, EntryPoint, Kind, canonical, kind_of, patterns, read_points
+from .entries import (
+    ALLOW,
+    CHOICES,
+    DISABLE,
+    KINDS,
+    UNIONS,
+    Entry,
+    EntryPoint,
+    Kind,
+    canonical,
+    kind_of,
+    patterns,
+    read_points,
+)
 from .errors import (
     ConfigError,
     ConfigTypeError,
@@ -84,12 +97,12 @@ class Registry:
 
     def names(self, kind: str) -> list[str]:
         """Every name of this kind, sorted; imports nothing."""
-        return sorted({*self.index(kind), *self._local.get(_kind(kind), {})})
+        return sorted({name for one in _kinds(kind) for name in (*self.index(one), *self._local.get(one, {}))})
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """Every entry of one kind, or of all; imports nothing."""
         found: list[Entry] = []
-        for name in KINDS if kind is None else [_kind(kind)]:
+        for name in KINDS if kind is None else _kinds(kind):
             local = self._local.get(name, {})
             for key in self.names(name):
                 found += [*self.index(name).get(key, []), *([local[key]] if key in local else [])]
@@ -117,15 +130,15 @@ class Registry:
             PluginClashError: two third-party distributions have it and `name` doesn't say which.
             PluginDisabledError: an environment variable switches it off.
         """
-        kind = _kind(kind)
+        kind = self._home(kind, name)
         if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigTypeError(f"a {KINDS[kind].singular} is picked by its name, a str; got {name!r}.")
+            raise ConfigTypeError(f"a {CHOICES[kind].singular} is picked by its name, a str; got {name!r}.")
         dist, _, bare = name.rpartition("/")
         local = self._local.get(kind, {})
         if dist:
             found = [e for e in self.entries(kind) if e.name == bare and canonical(e.origin) == canonical(dist)]
         else:
-            found = [local[name]] if name in local else self.index(kind).get(name, [])
+            found = [local[name]] if name in local else [e for e in self.entries(kind) if e.name == name and e.point]
         if not found:
             raise self._unknown(kind, name)
         enabled = [entry for entry in found if not self.disabled(entry)]
@@ -134,6 +147,14 @@ class Registry:
                 f"{found[0]} is disabled: {self.disabled(found[0])}. Change that variable, or pick another name."
             )
         return enabled[0] if len(enabled) == 1 else self._settle(enabled)
+
+    def _home(self, kind: str, name: Any) -> str:
+        """The one kind that is meant: of a union, the first that knows the name."""
+        members = _kinds(kind)
+        if len(members) == 1:
+            return members[0]
+        bare = str(name).rpartition("/")[2]
+        return next((member for member in members if bare in self.names(member)), kind)
 
     def _unknown(self, kind: str, name: str) -> UnknownPluginError:
         names = self.names(kind)
@@ -150,7 +171,7 @@ class Registry:
                     f" {point.value!r} offers it in the entry-point group {point.group!r}, which is none.{near}"
                 )
         return UnknownPluginError(
-            f"no {KINDS[kind].singular} named {name!r}.{''.join(hints)} "
+            f"no {CHOICES[kind].singular} named {name!r}.{''.join(hints)} "
             f"Installed: {', '.join(names) or 'none'}. Install the distribution that brings it, or register it."
         )
 
@@ -162,14 +183,14 @@ class Registry:
         kind, name = entries[0].kind, entries[0].name
         if not builtin:
             raise PluginClashError(
-                f"{KINDS[kind].singular} {name!r} is claimed by "
+                f"{CHOICES[kind].singular} {name!r} is claimed by "
                 f"{' and '.join(' '.join(entry.identity) for entry in others)}. "
                 f"Write one in full ({spelled}), uninstall one, or list one in {DISABLE}."
             )
         if (kind, name) not in self._warned:
             self._warned.add((kind, name))
             warnings.warn(
-                f"{name!r} means deqcore's own {KINDS[kind].singular}; {spelled} has that name too and was not "
+                f"{name!r} means deqcore's own {CHOICES[kind].singular}; {spelled} has that name too and was not "
                 "imported. Write it in full to use it.",
                 PluginWarning,
                 stacklevel=4,
@@ -225,7 +246,7 @@ class Registry:
             ConfigError and its kin: a wrong key or value, or no name where the kind has no default.
             UnknownPluginError, BrokenPluginError: see :meth:`get`.
         """
-        info = KINDS[_kind(kind)]
+        info = CHOICES[kind] if kind in UNIONS else KINDS[_kind(kind)]
         base: Any = info.interface
         if base is None:
             raise ConfigError(f"a {info.singular} has no settings; use registry.get({info.name!r}, name).")
@@ -311,6 +332,11 @@ class Registry:
     def _forget(self) -> None:
         with self._lock:
             self._index, self._strays, self._warned, self._loader = None, [], set(), Loader()
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    """The kinds that `text` names: one, or those of a union."""
+    return UNIONS.get(text) or (_kind(text),)
 
 
 def _kind(text: str) -> str:

@@ -11,10 +11,12 @@ from .choice import Choice
 from .validation import prepare, translated
 
 __all__ = [
+    "AnySolverChoice",
     "BaseSettings",
     "CoreSettings",
     "GradientChoice",
     "GradientSettings",
+    "LinearSolverChoice",
     "NormChoice",
     "NormSettings",
     "RegularizerSettings",
@@ -91,6 +93,9 @@ class SolverSettings(Settings):
     residual_norm: Literal["l2", "rms", "max"] = Field("l2", description="vector norm over the features of a sample")
     return_final: bool = Field(False, description="run all steps and return the last state, not the best")
     patience: int | None = Field(None, ge=1, description="stop when no sample improved for this many judged steps")
+    max_nfe: int | None = Field(
+        None, ge=1, description="begin no step once f was evaluated this often, products with its Jacobian included"
+    )
     divergence_factor: float = Field(
         1e8, gt=1, description="stop when every unfinished sample's residual exceeds its lowest by this; inf: never"
     )
@@ -157,12 +162,16 @@ class RegularizerSettings(Settings):
 
 if TYPE_CHECKING:
     SolverChoice = SolverSettings
+    LinearSolverChoice = SolverSettings
+    AnySolverChoice = SolverSettings
     GradientChoice = GradientSettings
     NormChoice = NormSettings
     RegularizerChoice = RegularizerSettings
     CoreChoice = CoreSettings
 else:
     SolverChoice = Annotated[SerializeAsAny[SolverSettings], Choice("solvers")]
+    LinearSolverChoice = Annotated[SerializeAsAny[SolverSettings], Choice("linear_solvers")]
+    AnySolverChoice = Annotated[SerializeAsAny[SolverSettings], Choice("any_solvers")]
     GradientChoice = Annotated[SerializeAsAny[GradientSettings], Choice("gradients")]
     NormChoice = Annotated[SerializeAsAny[NormSettings], Choice("norms")]
     RegularizerChoice = Annotated[SerializeAsAny[RegularizerSettings], Choice("regularizers")]
