@@ -134,8 +134,8 @@ class LinearSolver(Plugin[SolverS]):
 
     settings_type: ClassVar[type[Settings]] = SolverSettings
     monitored: ClassVar[bool] = True
-    #: True where the A u + b that `step` returns comes from a recurrence and not from a product. The loop then makes one
-    #: product before it calls anything converged; where that finds otherwise, the solve goes on from a new state.
+    #: True where the A u + b that `step` returns comes from a recurrence and not from a product. The loop then makes
+    #: one product before it calls anything converged; where that finds otherwise, it goes on from a new state.
     estimates: ClassVar[bool] = False
 
     def init(self, problem: LinearProblem, u: Tensor, fu: Tensor) -> Any:

@@ -137,8 +137,8 @@ def _installed_flags() -> dict[str, str]:
 
 def _flags_of(path: str, kind: str, flags: dict[str, str]) -> None:
     """Add the flags of one section, and of the sections inside (``gradient.solver.memory``)."""
-    from .errors import PluginError
     from .entries import CHOICES
+    from .errors import PluginError
     from .registry import registry
 
     owners: dict[str, list[str]] = {}

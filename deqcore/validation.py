@@ -183,7 +183,8 @@ def _describe(annotation: Any, marks: Iterable[Any] = ()) -> str:
     for mark in marks:
         if isinstance(mark, Choice):
             singular = mark.kind.removesuffix("s").replace("_", " ")
-            text = f"{'' if singular.startswith('any') else 'a '}{singular}: its name, or a dict with a 'name' and settings"
+            article = "" if singular.startswith("any") else "a "
+            text = f"{article}{singular}: its name, or a dict with a 'name' and settings"
             return text + (", or None" if types.NoneType in union_members(annotation) else "")
     members = union_members(annotation)
     if len(members) > 1:
