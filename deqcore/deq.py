@@ -294,7 +294,8 @@ class _Call:
     def judge(self, solution: Solution, what: str = "forward solve") -> None:
         """Ignore, warn of or raise what failed, in the name of the user's own line."""
         on_failure = self.config.on_failure
-        if on_failure != "ignore" and solution.failed():
+        looks = solution.waits or on_failure == "raise"
+        if on_failure != "ignore" and looks and solution.failed():
             solution.apply_policy(on_failure, what, stacklevel=caller() + 1)
 
     def train(self, z: Tensor) -> tuple[list[Tensor], Solution]:

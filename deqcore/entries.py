@@ -66,11 +66,12 @@ KINDS: dict[str, Kind] = {
     )
 }
 
-#: Settings that take an implementation of any of several kinds: these, in the order in which a name is looked up.
+#: Settings that take an implementation of any of several kinds: these, in the order in which a name is looked up. What
+#: this process registered comes first, then deqcore's own, then the others.
 UNIONS: dict[str, tuple[str, ...]] = {"any_solvers": ("linear_solvers", "solvers")}
 
 #: Everything that a setting can be a choice of. What the kinds of a union have in common is what Solver has.
-CHOICES: dict[str, Kind] = {**KINDS, **{name: Kind(name, "", interfaces.Solver) for name in UNIONS}}
+CHOICES: dict[str, Kind] = {**KINDS, **{name: Kind("solvers", "", interfaces.Solver) for name in UNIONS}}
 
 
 def kind_of(text: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .interfaces import LinearSolver, Solver
 from .monitor import Monitor
 from .problem import Problem
+from .recorder import Recorder
 from .settings import SolverSettings
 from .solution import Solution, Status
 
@@ -88,7 +89,8 @@ class _Loop:
         z = problem.round(z)
         if z is not start:
             fz = None
-        self.monitor = monitor = Monitor(problem, z, settings, options.scale, options.keep_trace)
+        kind = Recorder if settings.thresholds() == (0.0, 0.0) else Monitor
+        self.monitor = monitor = kind(problem, z, settings, options.scale, options.keep_trace)
         if settings.max_iter == 0:
             return Run(monitor.skipped(), [z] * len(options.sample_at))
         if type(solver).solve not in (Solver.solve, LinearSolver.solve):
@@ -102,11 +104,11 @@ class _Loop:
             monitor.begin(monitor.rows.measure(z, first)[0])
         kept = deepcopy(options.warm_state)  # the solution that it comes from may be used again
         state: Any = solver.resume(problem, z, first, kept) if kept is not None else solver.init(problem, z, first)
-        step, state = (0, state) if stop else self._steps(z, first, state)
-        return self._result(step, state, start)
+        step, z, state = (0, z, state) if stop else self._steps(z, first, state)
+        return self._result(step, z, state, start)
 
-    def _steps(self, z: Tensor, fz: Tensor | None, state: Any) -> tuple[int, Any]:
-        """Step until the run ends. Returns the number of steps and the solver's state."""
+    def _steps(self, z: Tensor, fz: Tensor | None, state: Any) -> tuple[int, Tensor, Any]:
+        """Step until the run ends. Returns the number of steps, the last state, and the solver's."""
         solver, problem, settings, monitor = self.solver, self.problem, self.settings, self.monitor
         last, rounds, sample_at, budget = settings.max_iter, problem.rounds, self.options.sample_at, settings.max_nfe
         check_every = self.options.check_every if solver.monitored else last
@@ -125,32 +127,31 @@ class _Loop:
                 strikes = monitor.strikes
                 z, fz, stop = monitor.judge(k, z, fz)
                 if stop and estimated:
-                    z, fz, stop = monitor.judge(k, z, problem(z), again=True)
+                    z, fz, stop = monitor.judge_again(k, z, problem(z))
                     state = state if stop else solver.init(problem, z, fz)
                 elif check_every > 1 and monitor.strikes is not strikes:  # NaN may have got into the history unseen
                     state = solver.init(problem, z, fz)
                 stop = self._tell(k, z, stop)
-        return k, state
+        return k, z, state
 
     def _tell(self, k: int, z: Tensor, stop: bool) -> bool:
         """Hand the state judged to who asked for it; whether to stop."""
         callback, monitor = self.options.callback, self.monitor
         if k in self.options.sample_at and not stop:
-            self.samples.append(z if self._keeps_last() else monitor.journal.best().z)
+            self.samples.append(z if self._keeps_last() else monitor.best())
         if callback is None:
             return stop
-        return callback(k, z, monitor.rows.to64(monitor.now.residual).to(z)) is True or stop
+        return callback(k, z, monitor.residual().to(z)) is True or stop
 
     def _keeps_last(self) -> bool:
         return self.settings.return_final or not self.solver.monitored
 
-    def _result(self, step: int, state: Any, start: Tensor) -> Run:
+    def _result(self, step: int, z: Tensor, state: Any, start: Tensor) -> Run:
         monitor, solver = self.monitor, self.solver
         if solver.estimates and monitor.final is None:
-            best = monitor.journal.best()
-            monitor.judge(step, best.z, self.problem(best.z), again=True)
-            monitor.final = monitor.now
-        solution = monitor.finish(step, self._keeps_last())
+            z = monitor.best()
+            z, _, _ = monitor.judge_again(step, z, self.problem(z))
+        solution = monitor.finish(z, step, self._keeps_last())
         if solution["z"].untyped_storage().data_ptr() == start.untyped_storage().data_ptr():
             solution["z"] = solution["z"].clone()  # the start, or a view of it that f gave back
         if not solver.monitored:
@@ -169,6 +170,6 @@ class _Loop:
         final, samples = self.solver.solve(problem, z, sorted(sample_at))
         final = problem.round(final)
         steps = problem.nfe - before
-        monitor.judge(steps, final, problem(final))
+        final, _, _ = monitor.judge(steps, final, problem(final))
         samples = samples[: len(sample_at)]
-        return Run(monitor.finish(steps, keep_last=True), samples + [final] * (len(sample_at) - len(samples)))
+        return Run(monitor.finish(final, steps, keep_last=True), samples + [final] * (len(sample_at) - len(samples)))

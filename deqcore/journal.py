@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,9 +12,10 @@ from .rows import Rows
 
 __all__ = ["Journal"]
 
-#: States are kept by reference up to this many bytes; beyond, they are merged, which costs a copy. For small states the
-#: bookkeeping of a merge at every step would cost more than the step.
-KEPT_BYTES = 1 << 20
+#: States are kept by reference up to this many bytes, MOST at most; beyond, they are merged. A merge at every step would
+#: cost a small state more than the step; many kept make every evaluation write to fresh memory, and large ones fill it.
+KEPT_BYTES = 1 << 18
+MOST = 32
 
 
 class Journal:
@@ -21,68 +24,105 @@ class Journal:
     Args:
         rows: form of one number a sample.
         tolerance: unit in which whole states are compared.
-        start: the first state, about which nothing is known yet.
+        start: the first state, about which nothing is known yet, or the best so far.
+        keep_trace: whether to keep the residuals of all states, and not only of those that may be the best.
+
+    Attributes:
+        residuals, sizes, steps: what is known of every state judged, in order.
     """
 
-    def __init__(self, rows: Rows, tolerance: Tolerance, start: Best) -> None:
+    def __init__(self, rows: Rows, tolerance: Tolerance, start: Best, keep_trace: bool) -> None:
         self.rows = rows
         self.tolerance = tolerance
-        self.entries = [start]
-        self.limit = max(2, KEPT_BYTES // max(start.z.numel() * start.z.element_size(), 1))
+        self.keep_trace = keep_trace
+        self.residuals: list[Any] = []
+        self.sizes: list[Any] = []
+        self.steps: list[int] = []
+        self.limit = max(1, min(MOST, KEPT_BYTES // max(start.z.numel() * start.z.element_size(), 1)))
         self.aside: Tensor | None = None  # (B,) bool of samples that say nothing about a whole state any more
-        self._common: Best | None = None  # best state of one step among those merged already
-        self._merged: tuple[Best, Best] | None = None  # the last entry when the best state was last asked for, and it
+        self._head = start  # the best of what was merged
+        self._states: list[Tensor] = []  # what came since
+        self._common: Best | None = None  # best state of one step among those merged, where that is not the head
+        self._merged: Best | None = None  # the best state, since it was last asked for
 
-    def add(self, state: Best) -> None:
+    def add(self, step: int, z: Tensor, residual: Any, size: Any) -> None:
         """Take note of a judged state."""
-        self.entries.append(state)
-        if len(self.entries) > self.limit:
-            common, best = self.common(), self.best()
-            self.entries = [best]
-            self._common = None if best is common else common
+        self._states.append(z)
+        self.residuals.append(residual)
+        self.sizes.append(size)
+        self.steps.append(step)
+        self._merged = None
+        if len(self._states) >= self.limit:
+            self.settle()
+
+    def settle(self) -> None:
+        """Merge what came since into the head."""
+        best = self.best()
+        keeps = self.limit > 1 and not isinstance(best.step, int)  # of large states, none is kept besides the best
+        self._common = self.common([]) if keeps else None
+        self._head, self._states = best, []
+        if not self.keep_trace:
+            del self.residuals[:-1], self.sizes[:-1], self.steps[:-1]
 
     def retract(self) -> None:
-        """Forget the last state, and with it all that its claim may have hidden: estimates only get better."""
-        self.entries, self._common, self._merged = self.entries[:1], None, None
+        """Forget the last state, whose residual was an estimate, and the others of its kind."""
+        del self.residuals[-1], self.sizes[-1], self.steps[-1]
+        nothing = self.rows.full(torch.inf)
+        self._head = Best(self._head.z, nothing, nothing, 0)
+        self._states, self._common, self._merged = [], None, None
+
+    def lowest(self) -> Tensor:
+        """(B,) float64, every sample's lowest residual so far."""
+        return self.rows.stack(self._since(self.residuals, self._head.residual)).nan_to_num(torch.inf).amin(1)
+
+    def _since(self, values: list[Any], head: Any) -> list[Any]:
+        count = len(self._states)
+        return [head, *values[len(values) - count :]]
 
     def best(self) -> Best:
         """Every sample's best state, put together."""
-        if self._merged is not None and self._merged[0] is self.entries[-1]:
-            return self._merged[1]
-        best = self._merge() if len(self.entries) > 1 else self.entries[0]
-        self._merged = (self.entries[-1], best)
-        return best
+        if self._merged is None:
+            self._merged = self._merge() if self._states else self._head
+        return self._merged
+
+    def _entry(self, k: int) -> Best:
+        """The head (0), or one of the states since (1, 2, ...)."""
+        if k == 0:
+            return self._head
+        at = len(self.steps) - len(self._states) + k - 1
+        return Best(self._states[k - 1], self.residuals[at], self.sizes[at], self.steps[at])
 
     def _merge(self) -> Best:
-        residuals, sizes = self._stacked(self.entries)
+        residuals = self.rows.stack(self._since(self.residuals, self._head.residual))
         # The latest of equals, so that a run that only rounds to and fro at the end keeps one state.
         which = residuals.shape[1] - 1 - residuals.flip(1).nan_to_num(torch.inf, torch.inf).argmin(1)
         first = int(which[0])
         if bool((which == first).all()):
-            return self.entries[first]
+            return self._entry(first)
+        sizes = self.rows.stack(self._since(self.sizes, self._head.size))
         residual, size = residuals.gather(1, which[:, None])[:, 0], sizes.gather(1, which[:, None])[:, 0]
-        merged = self.entries[0].step
-        steps = [-1 if isinstance(entry.step, Tensor) else entry.step for entry in self.entries]
-        step = torch.tensor(steps)[which]
-        if isinstance(merged, Tensor):
-            step = torch.where(which == 0, merged, step)
+        step = torch.tensor([0, *self._since(self.steps, 0)[1:]])[which]
+        step = torch.where(which == 0, self._head.steps(len(which)), step)
         return Best(self._rows_of(which), self.rows.from64(residual), self.rows.from64(size), step)
-
-    def _stacked(self, entries: list[Best]) -> tuple[Tensor, Tensor]:
-        stack = self.rows.stack
-        return stack([entry.residual for entry in entries]), stack([entry.size for entry in entries])
 
     def _rows_of(self, which: Tensor) -> Tensor:
         """The packed state whose row i is that of entry which[i]."""
-        used, place = which.unique(return_inverse=True)
-        rows = place * which.shape[0] + torch.arange(which.shape[0])
-        states = torch.cat([self.entries[k].z for k in used.tolist()])
-        return states.index_select(0, rows.to(states.device))
+        used, counts = which.unique(return_counts=True)
+        base = int(used[counts.argmax()])
+        states = [self._head.z, *self._states]
+        mixed = states[base].clone()
+        for k in used.tolist():
+            if k != base:
+                rows = (which == k).nonzero()[:, 0].to(mixed.device)
+                mixed[rows] = states[k][rows]
+        return mixed
 
-    def common(self) -> Best:
-        """The best state of one step: the one whose worst sample is best, in units of the tolerance."""
-        whole = [entry for entry in (self._common, *self.entries) if entry is not None and isinstance(entry.step, int)]
-        residuals, sizes = self._stacked(whole)
+    def common(self, others: list[Best]) -> Best:
+        """The best whole state, of one step or of `others`: the one whose worst sample is best in units of the
+        tolerance."""
+        entries = [self._common, *(self._entry(k) for k in range(len(self._states) + 1))]
+        whole = [entry for entry in entries if entry is not None and isinstance(entry.step, int)] + others
+        residuals, sizes = (self.rows.stack(part) for part in zip(*((e.residual, e.size) for e in whole), strict=True))
         limits = self.tolerance.target(sizes)
         ratios = residuals / torch.where(limits > 0, limits, 1.0)
         if self.aside is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .journal import Journal
 from .problem import Problem
-from .report import Best, Report, Tolerance
+from .report import Best, Report, Tolerance, Trace, worst
 from .rows import Rows, rows_for
 from .settings import SolverSettings
 from .solution import Solution, Status
@@ -47,80 +47,53 @@ class Monitor:
         self.settings = settings
         self.rows: Rows = rows_for(z, settings)
         self.tolerance = Tolerance(settings, self.rows, scale, problem.eps(z))
-        self.never_stops = self.tolerance.fixed or settings.return_final
+        self.measure = self.rows.measure
+        self.never_stops = settings.return_final
         self.keep_trace = keep_trace
-        self.trace: list[tuple[Any, Any]] = []
-        self.checked: list[int] = []
         nothing = self.rows.full(math.inf)
-        self.now = Best(z, nothing, nothing, 0)
-        self.journal = Journal(self.rows, self.tolerance, self.now)
-        self.lowest: Any = nothing  # every sample's lowest residual so far
+        self.journal = Journal(self.rows, self.tolerance, Best(z, nothing, nothing, 0), keep_trace)
         self.start = math.nan  # worst residual at the first evaluation
-        self.unit = math.inf  # size of the tolerance and the rounding error, to know when a closer look is worth it
-        self.improved_at = 0
+        self.checks = 0
+        self.near = math.inf  # worst residual above its tolerance from which on a closer look is worth it
+        self.improved: tuple[Tensor, Tensor] | None = None  # lowest residuals, and the steps of the last improvements
         self.coupled = False  # rows of a composed state turned out to depend on each other
         self.strikes: Tensor | None = None
         self.frozen: Tensor | None = None
         self.final: Best | None = None
+        self.composed: list[Best] = []  # a state composed at the end that was not what its rows were
         #: False for a run that is judged at its end only: what replaces a state that isn't finite there is the start.
         self.recovers = True
 
     # ---- during the run
 
-    def judge(self, step: int, z: Tensor, fz: Tensor, again: bool = False) -> tuple[Tensor, Tensor, bool]:
-        """Take in f(z) at this step. Returns z and f(z), repaired where they were not finite, and whether to stop.
-
-        `again` takes back what was said of this step before, from an f(z) that was an estimate.
-        """
-        rows, tolerance = self.rows, self.tolerance
-        if again:
-            self._retract()
-        residual, size = rows.measure(z, fz)
-        excess = rows.excess(residual, size, tolerance.atol, tolerance.rtol)
+    def judge(self, step: int, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Take in f(z) at this step. Returns z and f(z), repaired where they were not finite, and whether to stop."""
+        tolerance = self.tolerance
+        residual, size = self.measure(z, fz)
+        excess = self.rows.excess(residual, size, tolerance.atol, tolerance.rtol)
         if self.frozen is not None or not -math.inf < excess < math.inf:
             z, fz, residual, size = self._repair(z, fz, residual, size)
             excess = self._excess(residual, size)
-        self.now = Best(z, residual, size, step)
-        self.journal.add(self.now)
-        if math.isnan(self.start):
+        self.journal.add(step, z, residual, size)
+        if not self.checks and math.isnan(self.start):
             self.begin(residual)
-        self.checked.append(step)
-        if self.keep_trace:
-            self.trace.append((residual, size))
-        if self.never_stops:
-            return z, fz, False
-        if excess <= 0:
-            self.final = self.now
+        self.checks += 1
+        if excess <= 0 and not self.never_stops:
+            self.final = Best(z, residual, size, step)
             return z, fz, True
-        before, self.lowest = self.lowest, rows.lower(self.lowest, residual)
-        if self.settings.patience is not None and bool((rows.to64(self.lowest) < rows.to64(before)).any()):
-            self.improved_at = step
-        return z, fz, self._worth_a_look(residual, size, excess) and self._look_closer(step)
+        if excess > self.near and self.checks % LOOK_EVERY and self.settings.patience is None:
+            return z, fz, False
+        return z, fz, self._look(Best(z, residual, size, step))
 
-    def _retract(self) -> None:
-        self.final = None
+    def judge_again(self, step: int, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """As :meth:`judge`, where what was said of this step came from an estimate of f(z)."""
         self.journal.retract()
-        self.checked.pop()
-        if self.keep_trace:
-            self.trace.pop()
+        self.final = None
+        return self.judge(step, z, fz)
 
     def begin(self, residual: Any) -> None:
-        """Take note of the first evaluation's residuals; a run that was not monitored is compared with these."""
-        worst = self.rows.to64(residual).nan_to_num(0.0, 0.0, 0.0).max()
-        self.start = float(worst) or math.inf  # nothing to go by where none was finite
-
-    def _worth_a_look(self, residual: Any, size: Any, excess: float) -> bool:
-        """Whether a closer look may end the run: by numbers that cost next to nothing, and may say yes in vain."""
-        if self.settings.patience is not None or self.frozen is not None:
-            return True
-        if excess > NEAR * self.unit and len(self.checked) % LOOK_EVERY:
-            return False
-        rows, tolerance = self.rows, self.tolerance
-        slope = max(tolerance.rtol, tolerance.floor)
-        self.unit = tolerance.peak + slope * rows.excess(size, size, 0.0, 0.0)
-        best = residual if self.coupled else self.lowest
-        grown = rows.excess(residual, size, 0.0, 0.0) > self.start
-        return grown or rows.excess(best, size, tolerance.atol, slope) <= 0
+        """Take note of the first evaluation's residuals."""
+        self.start = worst(self.rows.to64(residual))
 
     def _excess(self, residual: Any, size: Any) -> float:
         """Largest residual above its tolerance, frozen samples aside."""
@@ -128,27 +101,42 @@ class Monitor:
             residual = self.rows.from64(torch.where(self.frozen, 0.0, self.rows.to64(residual)))
         return self.rows.excess(residual, size, self.tolerance.atol, self.tolerance.rtol)
 
-    def _look_closer(self, step: int) -> bool:
+    def _look(self, now: Best) -> bool:
         """Whether all samples are at rounding error, or each is done at its own best step, or nobody gets further."""
-        rows, tolerance, settings, now = self.rows, self.tolerance, self.settings, self.now
-        residual, size = now.to64(rows)
-        limit = tolerance.limit(size)
+        residual, size = now.to64(self.rows)
+        limit, target = self.tolerance.limits(size)
+        self.near = NEAR * float(limit.max())
+        if self.never_stops:
+            return False
         done = residual <= limit
         if self.frozen is not None:
             done = done | self.frozen
         if bool(done.all()):
             self.final = now
             return True
-        if not self.coupled and bool((done | (rows.to64(self.lowest) <= limit)).all()):
+        lowest = self.journal.lowest()
+        if not self.coupled and bool((done | (lowest <= limit)).all()):
             if self._confirm(self.journal.best()):
                 return True
-            self.coupled = True
-        if settings.patience is not None and step - self.improved_at >= settings.patience:
+            self.coupled, self.composed = True, []
+        if self.settings.patience is not None and bool((done | self._stale(now.step, lowest)).all()):
             return True
-        # Against the start of all: where f couples rows, one may be still until the others' news arrive.
-        least = torch.maximum(rows.to64(self.lowest), tolerance.target(size)).clamp_min(self.start)
-        gone = residual > settings.divergence_factor * least
+        gone = self._diverged(residual, lowest, target)
         return bool(gone.any()) and bool((gone | done).all())
+
+    def _diverged(self, residual: Tensor, lowest: Tensor, target: Tensor) -> Tensor:
+        # Against the start of all: where f couples rows, one may be still until the others' news arrive.
+        return residual > self.settings.divergence_factor * torch.maximum(lowest, target).clamp_min(self.start)
+
+    def _stale(self, step: int, lowest: Tensor) -> Tensor:
+        """(B,) bool of samples whose lowest residual is `patience` steps old; all False without a patience."""
+        if self.settings.patience is None:
+            return torch.zeros_like(lowest, dtype=torch.bool)
+        at = torch.full(lowest.shape, step)
+        if self.improved is not None:
+            at = torch.where(lowest < self.improved[0], step, self.improved[1])
+        self.improved = lowest, at
+        return step - at >= self.settings.patience
 
     def _confirm(self, best: Best) -> bool:
         """Evaluate f at a state composed of several steps' best rows; take it as final if it is what its rows were."""
@@ -160,10 +148,44 @@ class Monitor:
         if self.frozen is not None:
             holds = holds | self.frozen
             residual = rows.from64(torch.where(self.frozen, claimed, now))
+        measured = Best(best.z, residual, size, best.step)
         if not bool(holds.all()):
+            self.composed = [measured]
             return False
-        self.final = Best(best.z, residual, size, best.step)
+        self.final = measured
         return True
+
+    # ---- samples that leave
+
+    def leavers(self, step: int) -> Tensor | None:
+        """(B,) bool, on the CPU, of the samples that are finished one way or the other; None where none is.
+
+        For samples that don't depend on each other only.
+        """
+        residual, size = (self.rows.to64(part[-1]) for part in (self.journal.residuals, self.journal.sizes))
+        limit, target = self.tolerance.limits(size)
+        lowest = self.journal.lowest()
+        leave = torch.minimum(residual, lowest) <= limit
+        leave = leave | self._diverged(residual, lowest, target) | self._stale(step, lowest)
+        if self.frozen is not None:
+            leave = leave | self.frozen
+        return leave if bool(leave.any()) else None
+
+    def narrowed(self, keep: Tensor) -> Monitor:
+        """The judge of the samples `keep` (int64, on the CPU) alone, which knows what this one knows of them."""
+        best = self.journal.best()
+        z = best.z[keep.to(best.z.device)]
+        left = Monitor(self.problem, z, self.settings, None, self.keep_trace)
+        left.tolerance = tolerance = self.tolerance.select(left.rows, keep)
+        residual, size = (left.rows.from64(part[keep]) for part in best.to64(self.rows))
+        head = Best(z, residual, size, best.steps(best.z.shape[0])[keep])
+        left.journal = Journal(left.rows, tolerance, head, self.keep_trace)
+        left.start, left.recovers = self.start, self.recovers
+        if self.improved is not None:
+            left.improved = self.improved[0][keep], self.improved[1][keep]
+        if self.strikes is not None:
+            left.strikes = self.strikes[keep]
+        return left
 
     # ---- samples that are not finite
 
@@ -197,38 +219,61 @@ class Monitor:
 
     # ---- the result
 
-    def finish(self, steps: int, keep_last: bool = False) -> Solution:
-        """The solution after `steps` steps: the state returned, and the residual that it has.
+    def settle(self, z: Tensor, keep_last: bool = False) -> Best:
+        """The state to return: the one that ended the run, or the best; `z`, the one judged last, with `keep_last`."""
+        if self.final is not None:
+            return self.final
+        journal = self.journal
+        last = Best(z, journal.residuals[-1], journal.sizes[-1], journal.steps[-1])
+        if keep_last or self.settings.return_final:
+            return last
+        best = journal.best()
+        if isinstance(best.step, int):
+            return best
+        if self.coupled:
+            return journal.common([last])
+        if self._confirm(best):
+            return self.final or best
+        return journal.common([last, *self.composed])
 
-        Args:
-            steps: solver updates made.
-            keep_last: return the last state judged, whatever the best was.
-        """
-        if self.final is None:
-            if keep_last or self.settings.return_final:
-                self.final = self.now
-            elif self.tolerance.fixed:  # a run of a fixed number of steps has no evaluation to spare
-                self.final = self.journal.common()
-            elif isinstance((best := self.journal.best()).step, int):
-                self.final = best
-            elif self.coupled or not self._confirm(best):
-                self.final = self.journal.common()
-        return self._report(self.final or self.now, steps)
+    def failed(self) -> Tensor | None:
+        """(B,) bool of samples whose values can't be had, or None."""
+        return self.strikes > 0 if not self.recovers and self.strikes is not None else self.frozen
+
+    def trace(self) -> Trace:
+        """Residuals of all checks."""
+        journal = self.journal
+        return Trace(self.rows, journal.residuals, journal.sizes, journal.steps) if self.keep_trace else Trace(self.rows)
 
     def skipped(self) -> Solution:
-        """The solution of a run of no steps: z0, of which nothing is known."""
+        """The solution of a run of no steps: the start, of which nothing is known."""
         unknown = self.rows.full(math.nan)
-        return self._report(Best(self.now.z, unknown, unknown, 0), 0)
+        return self.report(Best(self.journal.best().z, unknown, unknown, 0), unknown, 0, Trace(self.rows), None)
 
-    def _report(self, final: Best, steps: int) -> Solution:
-        settings, problem = self.settings, self.problem
-        frozen = self.frozen
-        if not self.recovers and self.strikes is not None:
-            frozen = self.strikes > 0
-        ends = (self.start, self.now.residual)
-        report = Report(final, ends, steps, settings.patience, self.tolerance, self.trace, self.checked, frozen)
-        solution = report.solution(problem.nfe, problem.nvjp, problem.njvp)
-        solution.spec = problem.spec
+    def finish(self, z: Tensor, steps: int, keep_last: bool = False) -> Solution:
+        """The solution after `steps` steps, with the state returned, and the residual that it has.
+
+        Args:
+            z: the state judged last.
+            steps: solver updates made.
+            keep_last: return `z`, whatever the best was.
+        """
+        final = self.settle(z, keep_last)
+        return self.report(final, self.journal.residuals[-1], steps, self.trace(), self.failed())
+
+    def best(self) -> Tensor:
+        """Every sample's best state so far."""
+        return self.journal.best().z
+
+    def residual(self) -> Tensor:
+        """(B,) float64 residuals of the last check, on the CPU."""
+        return self.rows.to64(self.journal.residuals[-1])
+
+    def report(self, final: Best, last: Any, steps: int, trace: Trace, failed: Tensor | None) -> Solution:
+        """The solution that says so."""
+        problem = self.problem
+        report = Report(final, (self.start, last), steps, self.settings.patience, self.tolerance, trace, failed)
+        solution = report.solution(problem)
         if self.never_stops:
             solution.accepted = (Status.MAX_STEPS, Status.STALLED)
         return solution

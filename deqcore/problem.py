@@ -32,7 +32,12 @@ class Problem:
         nfe: evaluations of f so far.
         nvjp: products with the transposed Jacobian so far.
         njvp: products with the Jacobian so far.
+        fn: the user's function, for a method that needs more of it than values; None where there is none.
+        args: its further arguments.
     """
+
+    fn: Callable[..., Any] | None = None
+    args: tuple[Any, ...] = ()
 
     def __init__(self, call: Callable[[Tensor], Tensor], spec: StateSpec | None = None, eps: float = 0.0) -> None:
         self._call = call
@@ -47,9 +52,12 @@ class Problem:
         """The problem of the user's `fn`, called with the state as the user wrote it, under the present autocast."""
         call, device = spec.wrap(fn, args), spec.device.type
         if not torch.is_autocast_enabled(device):
-            return cls(call, spec)
-        dtype = torch.get_autocast_dtype(device)
-        return cls(_under_autocast(call, device, dtype), spec, eps=_noise(torch.finfo(dtype).eps))
+            problem = cls(call, spec)
+        else:
+            dtype = torch.get_autocast_dtype(device)
+            problem = cls(_under_autocast(call, device, dtype), spec, eps=_noise(torch.finfo(dtype).eps))
+        problem.fn, problem.args = fn, args
+        return problem
 
     def __call__(self, z: Tensor) -> Tensor:
         """f(z), shape (batch, features)."""

@@ -130,15 +130,11 @@ class Registry:
             PluginClashError: two third-party distributions have it and `name` doesn't say which.
             PluginDisabledError: an environment variable switches it off.
         """
-        kind = self._home(kind, name)
+        kind = kind if kind in UNIONS else _kind(kind)
         if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigTypeError(f"a {CHOICES[kind].singular} is picked by its name, a str; got {name!r}.")
-        dist, _, bare = name.rpartition("/")
-        local = self._local.get(kind, {})
-        if dist:
-            found = [e for e in self.entries(kind) if e.name == bare and canonical(e.origin) == canonical(dist)]
-        else:
-            found = [local[name]] if name in local else [e for e in self.entries(kind) if e.name == name and e.point]
+        kind = self._home(kind, name)
+        found = self._named(kind, name)
         if not found:
             raise self._unknown(kind, name)
         enabled = [entry for entry in found if not self.disabled(entry)]
@@ -148,13 +144,22 @@ class Registry:
             )
         return enabled[0] if len(enabled) == 1 else self._settle(enabled)
 
-    def _home(self, kind: str, name: Any) -> str:
-        """The one kind that is meant: of a union, the first that knows the name."""
-        members = _kinds(kind)
-        if len(members) == 1:
-            return members[0]
-        bare = str(name).rpartition("/")[2]
-        return next((member for member in members if bare in self.names(member)), kind)
+    def _named(self, kind: str, name: str) -> list[Entry]:
+        """The entries of one kind that `name` may mean, disabled ones included."""
+        dist, _, bare = name.rpartition("/")
+        local = self._local.get(kind, {})
+        if dist:
+            return [e for e in self.entries(kind) if e.name == bare and canonical(e.origin) == canonical(dist)]
+        return [local[name]] if name in local else [e for e in self.entries(kind) if e.name == name and e.point]
+
+    def _home(self, kind: str, name: str) -> str:
+        """The one kind that is meant: of a union, that of the entry which comes first, see :data:`UNIONS`."""
+        if kind not in UNIONS:
+            return kind
+        found = [entry for member in UNIONS[kind] for entry in self._named(member, name)]
+        enabled = [entry for entry in found if not self.disabled(entry)]
+        best = min(enabled or found, key=lambda e: (e.point is not None, not e.builtin), default=None)
+        return kind if best is None else best.kind
 
     def _unknown(self, kind: str, name: str) -> UnknownPluginError:
         names = self.names(kind)

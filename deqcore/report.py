@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .problem import Problem
 from .rows import Rows
 from .settings import SolverSettings
 from .solution import Solution, Status
 
-__all__ = ["Best", "Report", "Tolerance"]
+__all__ = ["Best", "Pieces", "Report", "Tolerance", "Trace", "worst"]
 
 #: A residual this many spacings of the dtype, relative to ||f(z)||, is rounding error.
 FLOOR_SPACINGS = 4.0
@@ -61,7 +65,6 @@ class Tolerance:
         atol, self.rtol = map(float, settings.thresholds())
         self.rows = rows
         self.floor = FLOOR_SPACINGS * eps
-        self.peak = atol if scale is None else atol * float(scale.max())  # the largest absolute tolerance
         self._atol64: Tensor | None = None
         self.fixed = atol == 0 and self.rtol == 0
         #: One number for all samples, or rows.
@@ -70,6 +73,20 @@ class Tolerance:
     def limit(self, size: Tensor) -> Tensor:
         """Residuals at which the samples are done, float64, for sizes of shape (B,) or (B, K)."""
         return torch.maximum(self.target(size), self.floor * size)
+
+    def limits(self, size: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`limit` and :meth:`target`."""
+        target = self.target(size)
+        return torch.maximum(target, self.floor * size), target
+
+    def select(self, rows: Rows, keep: Tensor) -> Tolerance:
+        """The tolerance of the samples `keep` (int64, on the CPU), whose numbers have the form `rows`."""
+        chosen = copy(self)
+        chosen.rows = rows
+        if not isinstance(self.atol, float):
+            chosen.atol = rows.from64(self.rows.to64(self.atol)[keep])
+        chosen._atol64 = None
+        return chosen
 
     def target(self, size: Tensor) -> Tensor:
         """Residuals that were asked for, float64, for sizes of shape (B,) or (B, K)."""
@@ -80,29 +97,70 @@ class Tolerance:
         return atol + self.rtol * size if self.rtol else atol
 
 
+class Trace:
+    """Residuals of all checks of a run, stacked when somebody asks."""
+
+    def __init__(
+        self, rows: Rows, residuals: Sequence[Any] = (), sizes: Sequence[Any] = (), steps: Sequence[int] = ()
+    ) -> None:
+        self.rows = rows
+        self.residuals = residuals
+        self.sizes = sizes
+        self.steps = steps
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """(B, N) residuals and sizes, float64, on the CPU."""
+        return self.rows.stack(self.residuals), self.rows.stack(self.sizes)
+
+
+class Pieces(Trace):
+    """The trace of a run whose samples left one after the other: those that are gone keep their last residual.
+
+    Args:
+        rows: form of one number a sample.
+        pieces: (samples that were there, their trace) one after the other; the first has all samples.
+    """
+
+    def __init__(self, rows: Rows, pieces: Sequence[tuple[Tensor, Trace]]) -> None:
+        super().__init__(rows, steps=[step for _, trace in pieces for step in trace.steps])
+        self.pieces = pieces
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        whole = [torch.zeros(len(self.pieces[0][0]), len(self.steps), dtype=torch.float64) for _ in range(2)]
+        at = 0
+        for index, trace in self.pieces:
+            end = at + len(trace.steps)
+            if end > at:
+                for table, part in zip(whole, trace.stacked(), strict=True):
+                    table[:, at:end] = table[:, max(at - 1, 0), None]
+                    table[index, at:end] = part
+            at = end
+        return whole[0], whole[1]
+
+
 class Report:
     """The numbers of one finished run, which hold neither f nor any state but the one returned.
 
     Args:
         final: the state returned.
-        ends: the worst residual at the first evaluation, and every sample's at the last judged step.
+        ends: the worst residual at the first evaluation (NaN if there was none), or all of them as rows; and every
+            sample's at the last judged step.
         steps: solver updates made.
         patience: judged steps without improvement after which the run would stop, or None.
         tolerance: when a sample is done.
-        trace: (residual, size) of every check, and the steps of these in `checked`.
-        frozen: (B,) bool of samples that were frozen, or None.
+        trace: residuals of all checks; without any where no trace was kept.
+        failed: (B,) bool of samples whose values can't be had, or None.
     """
 
     def __init__(
         self,
         final: Best,
-        ends: tuple[float, Any],
+        ends: tuple[Any, Any],
         steps: int,
         patience: int | None,
         tolerance: Tolerance,
-        trace: list[tuple[Any, Any]],
-        checked: list[int],
-        frozen: Tensor | None,
+        trace: Trace,
+        failed: Tensor | None,
     ) -> None:
         self.final = final
         self.start, self.last = ends
@@ -111,17 +169,17 @@ class Report:
         self.tolerance = tolerance
         self.rows = tolerance.rows
         self.trace = trace
-        self.checked = checked
-        self.frozen = frozen
+        self.failed = failed
         self.batch = final.z.shape[0]
 
-    def solution(self, nfe: int, nvjp: int, njvp: int) -> Solution:
-        """The solution; what is worth a tensor only if somebody looks is made when somebody does."""
+    def solution(self, problem: Problem) -> Solution:
+        """The solution of `problem`; what is worth a tensor only if somebody looks is made when somebody does."""
         z, final, batch = self.final.z, self.final, self.batch
 
         def floats(values: Tensor) -> Tensor:
             return values.to(device=z.device, dtype=z.dtype)
 
+        nfe = problem.nfe
         return Solution(
             {
                 "abs_lowest": lambda: floats(final.to64(self.rows)[0]),
@@ -134,29 +192,31 @@ class Report:
                 "steps": lambda: self.steps().to(z.device),
                 "nfe": nfe,
                 "sample_nfe": lambda: torch.full((batch,), nfe, device=z.device),
-                "nvjp": nvjp,
-                "njvp": njvp,
+                "nvjp": problem.nvjp,
+                "njvp": problem.njvp,
                 "z": z,
-            }
+            },
+            spec=problem.spec,
         )
 
     def status(self) -> Tensor:
         """(B,) int64, how each sample ended."""
-        if not self.checked:
+        start = self.start if isinstance(self.start, float) else worst(self.rows.to64(self.start))
+        if math.isnan(start):
             return torch.full((self.batch,), int(Status.SKIPPED))
         tolerance, final = self.tolerance, self.final
-        if self.frozen is None and self.rows.excess(final.residual, final.size, tolerance.atol, tolerance.rtol) <= 0:
+        if self.failed is None and self.rows.excess(final.residual, final.size, tolerance.atol, tolerance.rtol) <= 0:
             return torch.zeros(self.batch, dtype=torch.int64)  # the usual end: all converged
         residual, size = final.to64(self.rows)
         trace = self.traces()[0].nan_to_num(torch.inf)
-        lowest = trace.amin(1).clamp_max(self.start)
+        lowest = trace.amin(1).clamp_max(start)
         found = final.steps(self.batch)
-        if self.trace:  # the first of equals: `final` is the last of them
-            found = torch.tensor(self.checked)[(trace <= SAME * lowest[:, None]).int().argmax(1)]
+        if self.trace.steps:  # the first of equals: `final` is the last of them
+            found = torch.tensor(self.trace.steps)[(trace <= SAME * lowest[:, None]).int().argmax(1)]
         stale = self.step_count - found >= self.stale_after
         failed = ~torch.isfinite(residual)
-        if self.frozen is not None:
-            failed = failed | self.frozen
+        if self.failed is not None:
+            failed = failed | self.failed.cpu()
         # Each line overrules the ones above it.
         status = torch.where(stale, int(Status.STALLED), int(Status.MAX_STEPS))
         diverged = self.rows.to64(self.last) > DIVERGED_BY * torch.maximum(lowest, JITTER * tolerance.floor * size)
@@ -167,17 +227,24 @@ class Report:
 
     def traces(self) -> tuple[Tensor, Tensor]:
         """(B, N) residuals and sizes of all checks, float64; the final ones where no trace was kept."""
-        trace = self.trace or [(self.final.residual, self.final.size)]
-        return self.rows.stack([r for r, _ in trace]), self.rows.stack([n for _, n in trace])
+        if self.trace.steps:
+            return self.trace.stacked()
+        residual, size = self.final.to64(self.rows)
+        return residual[:, None], size[:, None]
 
     def steps(self) -> Tensor:
         """(B,) int64 steps each sample took until it was first done; all of them where it never was."""
-        if not self.trace:
+        if not self.trace.steps:
             return torch.full((self.batch,), self.step_count)
         residual, size = self.traces()
         done = residual <= self.tolerance.limit(size)
-        first = torch.tensor(self.checked)[done.int().argmax(1)]
+        first = torch.tensor(self.trace.steps)[done.int().argmax(1)]
         return torch.where(done.any(1), first, self.step_count)
+
+
+def worst(residual: Tensor) -> float:
+    """The largest finite one of the first residuals; inf, nothing to go by, where there is none or it is 0."""
+    return float(residual.nan_to_num(0.0, 0.0, 0.0).max()) or math.inf
 
 
 def _relative(residual: Tensor, size: Tensor) -> Tensor:

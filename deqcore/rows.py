@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .settings import SolverSettings
 
-__all__ = ["Rows", "rows_for"]
+__all__ = ["Rows", "rows_for", "tensor_rows"]
 
 #: Batches up to this size are judged as Python floats.
 LIST_BATCH = 8
@@ -61,6 +61,11 @@ class Rows(Protocol):
 def rows_for(z: Tensor, settings: SolverSettings) -> Rows:
     """The cheaper of the two forms for states like `z`."""
     return _Lists(z, settings) if z.shape[0] <= LIST_BATCH else _Tensors(z, settings)
+
+
+def tensor_rows(z: Tensor, settings: SolverSettings) -> Rows:
+    """The form that never waits for the device by itself."""
+    return _Tensors(z, settings)
 
 
 def _norms(z: Tensor, settings: SolverSettings) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -100,6 +100,9 @@ class Solution(MutableMapping[str, Any]):
         #: was not asked to reach a tolerance.
         self.accepted: tuple[Status, ...] = ()
 
+        #: False for a run that never waited for its device; the failure policy then looks only where it is to raise.
+        self.waits = True
+
         #: Called with the Solution of a backward solve as soon as there is one.
         self.on_backward: Callable[[Solution], Any] | None = None
 
@@ -137,6 +140,7 @@ class Solution(MutableMapping[str, Any]):
             "spec": None,
             "solver_state": None,
             "accepted": self.accepted,
+            "waits": self.waits,
             "on_backward": None,
         }
 

@@ -196,15 +196,24 @@ class StateSpec:
         checked = False
 
         def call(z: Tensor) -> Tensor:
-            nonlocal checked
-            before = -1 if z.is_inference() else z._version
-            out = fn(z.reshape(shape) if reshape else z, *args)
-            if before >= 0 and z._version != before:
-                raise _changed_in_place()
-            if not checked or not isinstance(out, Tensor) or out.shape != shape or out.dtype is not dtype:
-                (out,) = self._take_output(out)
-                out, checked = out.to(dtype), True
+            state = z.reshape(shape) if reshape else z
+            if checked:
+                out = fn(state, *args)
+                if type(out) is not Tensor or out.shape != shape or out.dtype is not dtype:
+                    out = self._take_output(out)[0].to(dtype)
+            else:
+                out = first(state)
             return out.reshape(flat) if reshape else out
+
+        def first(state: Tensor) -> Tensor:
+            nonlocal checked
+            before = -1 if state.is_inference() else state._version
+            out = fn(state, *args)
+            if before >= 0 and state._version != before:
+                raise _changed_in_place()
+            (out,) = self._take_output(out)
+            checked = True
+            return out.to(dtype)
 
         return call
 
