@@ -190,7 +190,7 @@ class DEQ(nn.Module):
             raise FunctionTypeError(
                 f"args must be a tuple of fn's further arguments, got {type(args).__name__}: args=(x,)."
             )
-        spec = StateSpec(z0, self.config.batch_dims)
+        spec = StateSpec.of(z0, self.config.batch_dims)
         problem = Problem.of(fn, spec, tuple(args))  # pyright: ignore[reportUnknownArgumentType]
         if warm_start is None:
             return problem, _finite(spec.pack(z0).detach(), "z0"), None

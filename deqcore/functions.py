@@ -231,7 +231,7 @@ def solver_function(name: str) -> SolverFunction:
         indexing: Sequence[int] | None = None,
         **options: Any,
     ) -> tuple[Any, list[Any], Any]:
-        spec = StateSpec(x0)
+        spec = StateSpec.of(x0)
         given = {"name": name, "max_iter": max_iter, "tol": tol, "stop_mode": stop_mode, **options}
         if options.keys() & {"rtol", "atol"} and (tol, stop_mode) == (1e-3, "abs"):
             del given["tol"], given["stop_mode"]  # left at their defaults, they are no second tolerance

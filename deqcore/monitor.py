@@ -52,9 +52,11 @@ class Monitor:
         self.keep_trace = keep_trace
         nothing = self.rows.full(math.inf)
         self.journal = Journal(self.rows, self.tolerance, Best(z, nothing, nothing, 0), keep_trace)
-        self.start = math.nan  # worst residual at the first evaluation
+        self.first: Any = None  # residuals at the first evaluation
+        self.start = math.inf  # the worst of them
         self.checks = 0
         self.near = math.inf  # worst residual above its tolerance from which on a closer look is worth it
+        self.low: Any = None  # lowest residuals, kept from where it came near
         self.improved: tuple[Tensor, Tensor] | None = None  # lowest residuals, and the steps of the last improvements
         self.coupled = False  # rows of a composed state turned out to depend on each other
         self.strikes: Tensor | None = None
@@ -75,25 +77,48 @@ class Monitor:
             z, fz, residual, size = self._repair(z, fz, residual, size)
             excess = self._excess(residual, size)
         self.journal.add(step, z, residual, size)
-        if not self.checks and math.isnan(self.start):
+        if self.first is None:
             self.begin(residual)
-        self.checks += 1
         if excess <= 0 and not self.never_stops:
             self.final = Best(z, residual, size, step)
-            return z, fz, True
-        if excess > self.near and self.checks % LOOK_EVERY and self.settings.patience is None:
-            return z, fz, False
-        return z, fz, self._look(Best(z, residual, size, step))
+            stop = True
+        elif excess > self.near and self.checks % LOOK_EVERY:
+            stop = False
+        else:
+            stop = self._worth_a_look(residual, size, excess) and self._look(Best(z, residual, size, step))
+        self.checks += 1
+        return z, fz, stop
+
+    def _worth_a_look(self, residual: Any, size: Any, excess: float) -> bool:
+        """Whether a closer look may end the run, by numbers that cost next to nothing and may say yes in vain."""
+        rows, tolerance = self.rows, self.tolerance
+        slope = max(tolerance.rtol, tolerance.floor)
+        if not self.checks or not self.checks % LOOK_EVERY:
+            self.near = math.inf if self._careful else NEAR * (tolerance.peak + slope * rows.largest(size))
+        if self.never_stops:
+            return False
+        if self._careful or rows.largest(residual) > self.settings.divergence_factor * self.start:
+            return True
+        if excess > self.near:
+            return False
+        self.low = rows.lower(rows.from64(self.journal.lowest()) if self.low is None else self.low, residual)
+        return rows.excess(residual if self.coupled else self.low, size, tolerance.atol, slope) <= 0
+
+    @property
+    def _careful(self) -> bool:
+        return self.settings.patience is not None or self.frozen is not None
 
     def judge_again(self, step: int, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, bool]:
         """As :meth:`judge`, where what was said of this step came from an estimate of f(z)."""
         self.journal.retract()
-        self.final = None
+        self.final = self.low = None
         return self.judge(step, z, fz)
 
     def begin(self, residual: Any) -> None:
         """Take note of the first evaluation's residuals."""
-        self.start = worst(self.rows.to64(residual))
+        self.first = residual
+        largest = self.rows.largest(residual)
+        self.start = largest if 0 < largest < math.inf else worst(self.rows.to64(residual))
 
     def _excess(self, residual: Any, size: Any) -> float:
         """Largest residual above its tolerance, frozen samples aside."""
@@ -105,9 +130,6 @@ class Monitor:
         """Whether all samples are at rounding error, or each is done at its own best step, or nobody gets further."""
         residual, size = now.to64(self.rows)
         limit, target = self.tolerance.limits(size)
-        self.near = NEAR * float(limit.max())
-        if self.never_stops:
-            return False
         done = residual <= limit
         if self.frozen is not None:
             done = done | self.frozen
@@ -180,7 +202,7 @@ class Monitor:
         residual, size = (left.rows.from64(part[keep]) for part in best.to64(self.rows))
         head = Best(z, residual, size, best.steps(best.z.shape[0])[keep])
         left.journal = Journal(left.rows, tolerance, head, self.keep_trace)
-        left.start, left.recovers = self.start, self.recovers
+        left.first, left.start, left.recovers = self.first, self.start, self.recovers
         if self.improved is not None:
             left.improved = self.improved[0][keep], self.improved[1][keep]
         if self.strikes is not None:
@@ -272,7 +294,7 @@ class Monitor:
     def report(self, final: Best, last: Any, steps: int, trace: Trace, failed: Tensor | None) -> Solution:
         """The solution that says so."""
         problem = self.problem
-        report = Report(final, (self.start, last), steps, self.settings.patience, self.tolerance, trace, failed)
+        report = Report(final, (self.start if self.first is not None else math.nan, last), steps, self.settings.patience, self.tolerance, trace, failed)
         solution = report.solution(problem)
         if self.never_stops:
             solution.accepted = (Status.MAX_STEPS, Status.STALLED)

@@ -65,6 +65,7 @@ class Tolerance:
         atol, self.rtol = map(float, settings.thresholds())
         self.rows = rows
         self.floor = FLOOR_SPACINGS * eps
+        self.peak = atol if scale is None else atol * float(scale.max())  # the largest absolute tolerance
         self._atol64: Tensor | None = None
         self.fixed = atol == 0 and self.rtol == 0
         #: One number for all samples, or rows.

@@ -41,6 +41,10 @@ class Rows(Protocol):
         """Largest residual - atol - rtol * size, atol one number or rows; not finite where some residual isn't."""
         ...
 
+    def largest(self, rows: Any) -> float:
+        """The largest one; not finite where some isn't."""
+        ...
+
     def lower(self, a: Any, b: Any) -> Any:
         """The smaller of a and b, sample by sample; a where b is NaN."""
         ...
@@ -91,12 +95,15 @@ class _Lists:
 
         tiny = z.numel() <= TINY_STATE and z.device.type == "cpu" and settings.residual_norm == "l2"
         self.measure: Measure = self._measure_tiny if tiny else measure
+        self._latest: tuple[Tensor | None, list[list[float]]] = None, []
 
-    @staticmethod
-    def _measure_tiny(z: Tensor, fz: Tensor) -> tuple[list[float], list[float]]:
+    def _measure_tiny(self, z: Tensor, fz: Tensor) -> tuple[list[float], list[float]]:
+        latest, values = self._latest
+        if z is not latest:  # of plain iteration, z is the last image
+            values = cast("list[list[float]]", z.tolist())
         images: list[list[float]] = fz.tolist()
-        pairs = zip(cast("list[list[float]]", z.tolist()), images, strict=True)
-        return [math.dist(*pair) for pair in pairs], [math.hypot(*image) for image in images]
+        self._latest = fz, images
+        return list(map(math.dist, values, images)), [math.hypot(*image) for image in images]
 
     def full(self, value: float) -> list[float]:
         return [value] * self.batch
@@ -108,6 +115,9 @@ class _Lists:
         if rtol:
             residual = [r - rtol * n for r, n in zip(residual, size, strict=True)]
         return max(map(sub, residual, atol)) if isinstance(atol, list) else max(residual) - atol
+
+    def largest(self, rows: list[float]) -> float:
+        return self.excess(rows, rows, 0.0, 0.0)
 
     def lower(self, a: list[float], b: list[float]) -> list[float]:
         return [y if y < x else x for x, y in zip(a, b, strict=True)]
@@ -137,6 +147,9 @@ class _Tensors:
         if rtol:
             residual = residual.sub(size, alpha=rtol)
         return residual.max().item() - atol if isinstance(atol, float) else (residual - atol).max().item()
+
+    def largest(self, rows: Tensor) -> float:
+        return rows.max().item()
 
     def lower(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.fmin(a, b)

@@ -23,6 +23,10 @@ def _like(tree: Any) -> Any:
     """Lists and tuples of states are one structure: TorchDEQ programs return either."""
     return tuple(tree) if type(tree) in (list, tuple) else tree
 
+#: How many specs of single tensors are remembered.
+SPECS_KEPT = 256
+_specs: dict[Any, StateSpec] = {}
+
 
 class StateSpec:
     """What a state looks like, and how it becomes one real tensor of shape (batch, features).
@@ -73,6 +77,19 @@ class StateSpec:
         self._plain = self.single and not self.rounds and not self.dtypes[0].is_complex
         #: True where the state is a tuple or list of nothing but tensors, the usual kind of several states.
         self._listed = self.as_arguments and all(path == f"[{k}]" for k, path in enumerate(self.paths))
+
+    @classmethod
+    def of(cls, z0: Any, batch_dims: int = 1) -> StateSpec:
+        """The spec of `z0`; that of the usual state, one dense tensor, is made once for all states like it."""
+        if type(z0) is not Tensor or z0.layout is not torch.strided or z0.is_nested:
+            return cls(z0, batch_dims)
+        key = (z0.shape, z0.dtype, z0.device, batch_dims)
+        spec = _specs.get(key)
+        if spec is None:
+            if len(_specs) >= SPECS_KEPT:  # shapes that change with every call
+                _specs.clear()
+            spec = _specs[key] = cls(z0, batch_dims)
+        return spec
 
     @staticmethod
     def _check_leaf(path: str, leaf: Any) -> None:
