@@ -77,23 +77,21 @@ class Monitor:
             z, fz, residual, size = self._repair(z, fz, residual, size)
             excess = self._excess(residual, size)
         self.journal.add(step, z, residual, size)
+        self.checks = checks = self.checks + 1
+        if excess > self.near and checks % LOOK_EVERY:
+            return z, fz, False
         if self.first is None:
             self.begin(residual)
         if excess <= 0 and not self.never_stops:
             self.final = Best(z, residual, size, step)
-            stop = True
-        elif excess > self.near and self.checks % LOOK_EVERY:
-            stop = False
-        else:
-            stop = self._worth_a_look(residual, size, excess) and self._look(Best(z, residual, size, step))
-        self.checks += 1
-        return z, fz, stop
+            return z, fz, True
+        return z, fz, self._worth_a_look(residual, size, excess) and self._look(Best(z, residual, size, step))
 
     def _worth_a_look(self, residual: Any, size: Any, excess: float) -> bool:
         """Whether a closer look may end the run, by numbers that cost next to nothing and may say yes in vain."""
         rows, tolerance = self.rows, self.tolerance
         slope = max(tolerance.rtol, tolerance.floor)
-        if not self.checks or not self.checks % LOOK_EVERY:
+        if self.near == math.inf or not self.checks % LOOK_EVERY:
             self.near = math.inf if self._careful else NEAR * (tolerance.peak + slope * rows.largest(size))
         if self.never_stops:
             return False

@@ -87,8 +87,12 @@ class Recorder:
         which = torch.where(self._aside, judged.argmin(0), worst.argmin(0))
         steps = torch.tensor([0, *self.steps[-count:]], device=which.device)[which]
         everyone = torch.arange(which.shape[0], device=which.device)
+        if count == 1:
+            z = torch.where((which == 1)[:, None], self._window[0], head.z)  # one copy of a large state, not three
+        else:
+            z = torch.stack([head.z, *self._window])[which, everyone]
         self._head = Best(
-            torch.stack([head.z, *self._window])[which, everyone],
+            z,
             residuals[which, everyone],
             sizes[which, everyone],
             torch.where(which == 0, head.step, steps),

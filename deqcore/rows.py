@@ -25,6 +25,12 @@ LIST_BATCH = 8
 #: States up to this many numbers are measured in Python as well: no tensor operation is as fast.
 TINY_STATE = 64
 
+#: Norms of states of so many numbers are written side by side: small tensors that stay, scattered between large ones
+#: that come and go, keep the allocator from giving these the same memory again.
+LARGE_STATE = 16384
+#: Pairs of norms to a piece of memory.
+PLACES = 64
+
 Measure = Callable[[Tensor, Tensor], tuple[Any, Any]]
 
 
@@ -72,14 +78,24 @@ def tensor_rows(z: Tensor, settings: SolverSettings) -> Rows:
     return _Tensors(z, settings)
 
 
-def _norms(z: Tensor, settings: SolverSettings) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _norms(z: Tensor, settings: SolverSettings) -> Measure:
     """(z, f(z)) -> norms of f(z) - z and of f(z), shape (B,) each."""
     vector_norm = torch.linalg.vector_norm
     order = math.inf if settings.residual_norm == "max" else 2
     if settings.residual_norm == "rms":
         factor = z.shape[1] ** -0.5
         return lambda z, fz: (vector_norm(fz - z, 2, 1) * factor, vector_norm(fz, 2, 1) * factor)
-    return lambda z, fz: (vector_norm(fz - z, order, 1), vector_norm(fz, order, 1))
+    if z.numel() < LARGE_STATE:
+        return lambda z, fz: (vector_norm(fz - z, order, 1), vector_norm(fz, order, 1))
+    places: list[Tensor] = []
+
+    def into_place(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
+        if not places:
+            places.extend(z.new_empty(2 * PLACES, z.shape[0]).unbind())
+        first, second = places.pop(), places.pop()
+        return vector_norm(fz - z, order, 1, out=first), vector_norm(fz, order, 1, out=second)
+
+    return into_place
 
 
 class _Lists:
@@ -146,7 +162,7 @@ class _Tensors:
     def excess(self, residual: Tensor, size: Tensor, atol: Tensor | float, rtol: float) -> float:
         if rtol:
             residual = residual.sub(size, alpha=rtol)
-        return residual.max().item() - atol if isinstance(atol, float) else (residual - atol).max().item()
+        return residual.max().item() - atol if type(atol) is float else (residual - atol).max().item()
 
     def largest(self, rows: Tensor) -> float:
         return rows.max().item()

@@ -586,7 +586,7 @@ def test_an_unknown_solver() -> None:
         with pytest.raises(UnknownPluginError, match="Did you mean 'anderson'"):
             deqcore.get_deq(**given)
     with pytest.raises(ValueError, match="broyden"):
-        deqcore.get_solver("newton")
+        deqcore.get_solver("newtonian")
 
 
 def test_andersons_memory() -> None:
