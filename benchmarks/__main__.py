@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...] [--quick] [--out FOLDER]`: measure, print and write tables."""
+"""`python -m benchmarks [NAME ...] [--quick] [--seeds LIST] [--out FOLDER]`: measure, print and write tables."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from .options import Options, parse_seeds
 from .report import environment, show, write
 
 __all__ = ["main"]
 
-#: Benchmarks, each a module of this package with `INTRO` and `run(quick)`.
-NAMES = ("overhead", "evaluations", "imports")
+#: Benchmarks, each a module of this package with `INTRO` and `run(options)`.
+NAMES = ("overhead", "evaluations", "compaction", "memory", "random", "imports", "solvers")
 
 
 def main() -> None:
     """Run the benchmarks named on the command line, all of them if none is."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="deqcore beside torchdeq, tables in markdown."
+        prog="python -m benchmarks", description="deqcore beside its peers, tables in markdown."
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(NAMES)} (default: all)")
     parser.add_argument(
@@ -30,7 +31,10 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the written tables"
     )
+    parser.add_argument("--seeds", type=parse_seeds, metavar="LIST", help="seeds of the six maps: 4-7, or 0,5,9")
+    parser.add_argument("--cases", type=int, default=Options.cases, help="of `random` (default: %(default)s)")
     given = parser.parse_args()
+    options = Options(given.quick, given.seeds, given.cases)
     unknown = [name for name in given.names if name not in NAMES]
     if unknown:
         parser.error(f"no benchmark named {', '.join(unknown)}; there are: {', '.join(NAMES)}")
@@ -39,13 +43,17 @@ def main() -> None:
     for name in given.names or NAMES:
         module = importlib.import_module(f".{name}", __package__)
         start = time.perf_counter()
-        tables = module.run(given.quick)
-        intro = f"{environment()} {module.INTRO}" + (" `--quick`: few rounds." if given.quick else "")
+        tables = module.run(options)
+        seeds = f" Seeds {', '.join(map(str, given.seeds))}." if given.seeds else ""
+        intro = f"{environment()} {module.INTRO}{seeds}" + (" `--quick`: few rounds." if given.quick else "")
         console.rule(name)
         console.print(intro, highlight=False)
         show(console, tables)
-        path = write(given.out, name, intro, tables)
-        console.print(f"{name}: {time.perf_counter() - start:.0f} s, written to {path.name}", highlight=False)
+        written = [write(given.out, name, intro, tables)]
+        if hasattr(module, "publish") and not given.quick:
+            written += module.publish(tables)
+        names = ", ".join(path.name for path in written)
+        console.print(f"{name}: {time.perf_counter() - start:.0f} s, written to {names}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ import torch
 import torchdeq.solver
 from torch import Tensor
 
-from deqcore import LinearProblem, Problem, StateSpec, iterate, registry
+from deqcore import DEQError, LinearProblem, Problem, StateSpec, iterate, registry
 from deqcore.solver import get_solver
+from deqcore.testing import installed
 
-from .maps import SIX, Counted, TanhMap, six
+from .maps import Counted, TanhMap, six
+from .options import Options
 from .report import Table
 from .tally import LEGEND, Tally, says
 
@@ -25,7 +27,7 @@ MOST = 2000
 MOST_BROYDEN = 300
 SLACK = {torch.float64: 1.001, torch.float32: 2.0}
 
-#: title of a row -> the solver as implicit differentiation would be given it
+#: title of a row -> the fixed-point solver as implicit differentiation would be given it; linear ones come by name.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "fixed_point_iter": {"name": "fixed_point_iter"},
     **{f"anderson, memory {memory}": {"name": "anderson", "memory": memory} for memory in (10, 20, 50)},
@@ -51,9 +53,9 @@ class Point(NamedTuple):
     cotangent: Tensor
 
 
-def tables(names: list[str], quick: bool) -> list[Table]:
+def tables(options: Options) -> list[Table]:
     """Products and milliseconds, a row a candidate."""
-    rows = _rows()
+    rows, names = _rows(), options.maps()
     first = "solver of u = J^T u + g"
     products = Table(
         "Products with J^T until the backward's relative residual is 1e-6",
@@ -68,7 +70,7 @@ def tables(names: list[str], quick: bool) -> list[Table]:
         notes="The thread's time on its core, median of interleaved rounds and seeds; -: not solved for every seed. A "
         "product is cheap here: with a larger f, its number counts for more.",
     )
-    columns = [_measure(name, rows, 1 if quick else SIX[name].seeds, 1 if quick else 3) for name in names]
+    columns = [_measure(name, rows, options.of(name), 1 if options.quick else 3) for name in names]
     for title in rows:
         products.add(title, *(tallies[title] for tallies, _ in columns))
         seconds.add(title, *(_milliseconds(tallies[title], spent[title]) for tallies, spent in columns))
@@ -81,17 +83,21 @@ def _milliseconds(tally: Tally, spent: list[float]) -> str:
 
 def _rows() -> dict[str, Row]:
     rows = {f"TorchDEQ {name}": Row(_theirs(name)) for name in ("fixed_point_iter", "anderson", "broyden")}
+    ours = {f"{name} (linear)": {"name": name} for name in installed("linear_solvers")} | CANDIDATES
     for dtype, label in ((torch.float64, ""), (torch.float32, ", float32")):
-        rows |= {title + label: Row(_ours(options), dtype) for title, options in CANDIDATES.items()}
+        rows |= {f"**{title}**{label}": Row(_ours(options), dtype) for title, options in ours.items()}
     return rows
 
 
 def _ours(options: dict[str, Any]) -> Callable[[Product, Tensor], tuple[Tensor, Any]]:
-    solver = registry.create("solvers", {**options, "max_iter": MOST, "tol": TOLERANCE})
+    solver = registry.create("any_solvers", {**options, "max_iter": MOST, "tol": TOLERANCE})
 
     def solve(product: Product, cotangent: Tensor) -> tuple[Tensor, Any]:
         problem = LinearProblem(product, None, cotangent)
-        solution = iterate(solver, problem, cotangent, scale=cotangent.norm(dim=1)).solution
+        # As implicit differentiation does: from u = 0, where J^T u + g is known to be g.
+        solution = iterate(
+            solver, problem, torch.zeros_like(cotangent), cotangent, scale=cotangent.norm(dim=1)
+        ).solution
         return solution["z"], solution
 
     return solve
@@ -112,12 +118,12 @@ def _theirs(name: str) -> Callable[[Product, Tensor], tuple[Tensor, Any]]:
 
 
 def _measure(
-    name: str, rows: dict[str, Row], seeds: int, rounds: int
+    name: str, rows: dict[str, Row], seeds: tuple[int, ...], rounds: int
 ) -> tuple[dict[str, Tally], dict[str, list[float]]]:
     """Products and seconds of every row on one map."""
     tallies = {title: Tally() for title in rows}
     spent: dict[str, list[float]] = {title: [] for title in rows}
-    for seed in range(seeds):
+    for seed in seeds:
         points = {dtype: _at_equilibrium(name, seed, dtype) for dtype in (torch.float64, torch.float32)}
         for repeat in range(rounds):
             for title, row in rows.items():
@@ -126,8 +132,12 @@ def _measure(
                 point = points[row.dtype]
                 counted = Counted(point.product)
                 start = time.thread_time()
-                with torch.no_grad():
-                    u, info = row.solve(counted, point.cotangent)
+                try:
+                    with torch.no_grad():
+                        u, info = row.solve(counted, point.cotangent)
+                except (DEQError, NotImplementedError):  # it needs what this problem doesn't have
+                    tallies[title].add(0, "refused", True)
+                    continue
                 spent[title].append(time.thread_time() - start)
                 if not repeat:
                     true = _residual(point, u) <= SLACK[row.dtype] * TOLERANCE

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .options import Options
 from .report import Table
 from .timing import Spread
 
@@ -39,9 +40,9 @@ def deqcore_solver():
 """
 
 
-def run(quick: bool = False) -> list[Table]:
+def run(options: Options) -> list[Table]:
     """The table; `quick` takes few processes."""
-    rounds = 3 if quick else 11
+    rounds = 3 if options.quick else 11
     table = Table(
         "Imports and plugins",
         ("what", "milliseconds", "over", "milliseconds", "ratio", "at most", "ok"),

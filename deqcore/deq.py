@@ -127,6 +127,15 @@ class DEQ(nn.Module):
             args, (solver_kwargs, sradius_mode, backward_writer) = (), order
         if not callable(fn):
             raise FunctionTypeError(f"f must be callable, got {type(fn).__name__}: deq(fn, z0).")
+        if torch.compiler.is_compiling():
+            from . import compiled  # it imports dynamo
+
+            return compiled.call(
+                self,
+                compiled.Call(
+                    fn, z0, args, solver_kwargs, sradius_mode, backward_writer, warm_start, callback, progress
+                ),
+            )
         solver = self._solver_for(solver_kwargs)
         bar = progress_bar(solver.settings.max_iter, callback) if progress else nullcontext(callback)
         with SolveScope(), bar as callback:

@@ -231,6 +231,10 @@ def solver_function(name: str) -> SolverFunction:
         indexing: Sequence[int] | None = None,
         **options: Any,
     ) -> tuple[Any, list[Any], Any]:
+        if torch.compiler.is_compiling():
+            from . import compiled  # it imports dynamo
+
+            return compiled.beside(solver, func, x0, max_iter, tol, stop_mode, indexing, **options)
         spec = StateSpec.of(x0)
         given = {"name": name, "max_iter": max_iter, "tol": tol, "stop_mode": stop_mode, **options}
         if options.keys() & {"rtol", "atol"} and (tol, stop_mode) == (1e-3, "abs"):

@@ -107,15 +107,11 @@ class Journal:
 
     def _rows_of(self, which: Tensor) -> Tensor:
         """The packed state whose row i is that of entry which[i]."""
-        used, counts = which.unique(return_counts=True)
-        base = int(used[counts.argmax()])
         states = [self._head.z, *self._states]
-        mixed = states[base].clone()
-        for k in used.tolist():
-            if k != base:
-                rows = (which == k).nonzero()[:, 0].to(mixed.device)
-                mixed[rows] = states[k][rows]
-        return mixed
+        if len(states) == 2:  # large ones
+            return torch.where((which == 1).to(states[0].device)[:, None], states[1], states[0])
+        rows = which * which.shape[0] + torch.arange(which.shape[0])
+        return torch.cat(states).index_select(0, rows.to(states[0].device))
 
     def common(self, others: list[Best]) -> Best:
         """The best whole state, of one step or of `others`: the one whose worst sample is best in units of the

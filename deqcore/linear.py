@@ -86,7 +86,7 @@ def linear_solve(
         solution = _solve(chosen, matvec, rmatvec, b, u0, spec)
     solution.spec = spec
     if on_failure != "ignore" and solution.failed():
-        solution.apply_policy(on_failure, "linear solve", stacklevel=caller())
+        solution.apply_policy(on_failure, "linear solve", stacklevel=caller() + 1)
     return spec.unpack(solution["z"]), solution
 
 

@@ -36,7 +36,8 @@ def peak_bytes(call: Call, device: torch.device | str = "cpu") -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         held = call()
     del held
-    events: list[Any] = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
+    results: Any = run.profiler and run.profiler.kineto_results
+    events: list[Any] = [event for event in results.events() if event.name() == "[memory]"]
     level = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         level += event.nbytes()

@@ -148,11 +148,12 @@ class RandomCase:
                 warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, on the first forward derivative
                 deq = get_deq(solver=self.solver, **self.config).eval()
                 settings: Any = deq.solver.settings
-                info: Solution | None = None
+                before_it: Solution | None = None
                 for _ in range(1 + self.again):
-                    z_out, info = deq(self.faulty(fn), z0, args=args, warm_start=info)
+                    z_out, info = deq(self.faulty(fn), z0, args=args, warm_start=before_it)
                     outcome.statuses.update(info.counts())
                     outcome.violations += self.check(fn, z_out[-1], args, info, settings)
+                    before_it = info
         except ConfigError as error:
             outcome.refused = f"{type(error).__name__}: {error}"
         except DEQError as error:

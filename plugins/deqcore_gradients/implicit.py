@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -11,30 +10,32 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from deqcore import (
+    AnySolverChoice,
     GradientBackend,
     GradientSettings,
     LinearProblem,
     Solution,
     Solver,
-    SolverChoice,
     SolverSettings,
     Status,
     hookimpl,
     iterate,
     registry,
 )
+from deqcore.linear import tolerance_scale
 
 #: What solves the adjoint where nobody says: see benchmarks/results/evaluations.md for the comparison behind it.
-DEFAULT_SOLVER: dict[str, Any] = {"name": "broyden", "max_iter": 200, "tol": 1e-6, "memory": 50}
+DEFAULT_SOLVER: dict[str, Any] = {"name": "gmres", "max_iter": 200, "tol": 1e-6}
 
 
 class ImplicitSettings(GradientSettings):
     """Settings of implicit differentiation."""
 
-    solver: SolverChoice = Field(
+    solver: AnySolverChoice = Field(
         default_factory=lambda: DEFAULT_SOLVER,  # type: ignore[arg-type]
         validate_default=True,
-        description="what solves u = J^T u + cotangent; tolerances, abs and rel, are relative to the cotangent",
+        description="linear or fixed-point solver of u = J^T u + cotangent; tolerances, abs and rel, are relative to "
+        "the cotangent",
     )
 
     @field_validator("solver", mode="before")
@@ -53,6 +54,13 @@ class ImplicitSettings(GradientSettings):
         return {**base, **given}
 
 
+def _solve(solver: Any, problem: LinearProblem, scale: Tensor) -> Solution:
+    """Solve from u = 0, where J^T u + b is b; where no step is allowed, b itself is the best guess."""
+    if solver.settings.max_iter == 0:
+        return iterate(solver, problem, problem.b).solution
+    return iterate(solver, problem, torch.zeros_like(problem.b), problem.b, scale=scale).solution
+
+
 class Jointly(Solver[SolverSettings]):
     """Another solver, applied to all rows as one sample.
 
@@ -66,7 +74,7 @@ class Jointly(Solver[SolverSettings]):
 
     def solve(self, problem: Any, z: Tensor, sample_at: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         joint = problem.as_one()
-        found = iterate(self.solver, joint, z.reshape(1, -1), scale=self.scale).solution
+        found = _solve(self.solver, joint, self.scale)
         problem.nfe += joint.nfe
         return found["z"].view_as(z), []
 
@@ -77,9 +85,9 @@ class Implicit(GradientBackend[ImplicitSettings]):
     Exact to the tolerance of its own solve, whose status, residual and counts are in ``info["backward"]`` after the
     backward. Drops nothing at first order; gives first derivatives only, and refuses to be differentiated twice.
 
-    Costs one evaluation of f with its graph in the forward, and one product with J^T a step in the backward; memory is
-    one evaluation's graph, however many steps the forward took. Where f couples rows and the solver fails row by row,
-    the adjoint is solved once more for all rows as one sample.
+    Costs one evaluation of f with its graph in the forward, and one product with J^T a step in the backward (of most
+    solvers); memory is one evaluation's graph and what the solver takes, however many steps the forward took. Where f
+    couples rows and the solver fails row by row, the adjoint is solved once more for all rows as one sample.
 
     Source: Bai, Kolter and Koltun, Deep Equilibrium Models (NeurIPS 2019), theorem 1.
     """
@@ -89,20 +97,14 @@ class Implicit(GradientBackend[ImplicitSettings]):
     coupled = False
 
     def adjoint(self, problem: LinearProblem) -> Solution:
-        solver = registry.create("solvers", self.settings.solver)
-        order = math.inf if self.settings.solver.residual_norm == "max" else 2
-        sizes = torch.linalg.vector_norm(problem.b, order, 1)
-        if self.settings.solver.residual_norm == "rms":
-            sizes = sizes * problem.b.shape[1] ** -0.5
-        # A sample that has no cotangent of its own gets one through f where f couples rows; it is solved for as closely
-        # as the most demanding of those that do.
-        scale = torch.where(sizes > 0, sizes, sizes.masked_fill(sizes == 0, math.inf).min())
+        solver = registry.create("any_solvers", self.settings.solver)
+        scale = tolerance_scale(problem.b, self.settings.solver)
         if not self.coupled:
-            found = iterate(solver, problem, problem.b, scale=scale).solution
+            found = _solve(solver, problem, scale)
             if not found.failed() or bool((found["status"] == Status.NON_FINITE).any()) or not problem.couples_rows():
                 return found
             self.coupled = True
-        return iterate(Jointly(solver, scale.min()[None]), problem, problem.b, scale=scale).solution
+        return _solve(Jointly(solver, scale.min()[None]), problem, scale)
 
 
 @hookimpl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -16,6 +16,15 @@ from deqcore import Problem, Solver, SolverSettings, Step, hookimpl
 HALVINGS = 5
 #: Residual decrease that a full step must bring to be taken as it is (Armijo's constant).
 DECREASE = 1e-4
+#: Where |y|^2 of a pair is more than this times |s|^2, which no contraction brings about, f turns steps round and
+#: stretches them, and the good update learns more from the pair; elsewhere the bad one does. See the class.
+STRETCH = 4.0
+#: A sample that was moved by more than this share of its step was put elsewhere, and starts anew.
+MOVED = 0.5
+#: Ridge of the reduction's Gram matrix, relative to its diagonal: keeps its Cholesky factor from failing.
+RIDGE = {torch.float32: 3e-7, torch.float64: 1e-12}
+#: Numbers of a sample that are reduced at a time, so that the reduction needs no second copy of the memory.
+CHUNK = 1 << 12
 
 
 class BroydenSettings(SolverSettings):
@@ -24,6 +33,9 @@ class BroydenSettings(SolverSettings):
     aliases: ClassVar[dict[str, str]] = {"LBFGS_thres": "memory", "ls": "line_search"}
 
     memory: int = Field(50, ge=0, description="rank of the inverse Jacobian kept, 2 states each; 0 for max_iter")
+    update: Literal["combined", "good", "bad"] = Field(
+        "combined", description="Broyden's first update (good), his second (bad), or per pair the one that suits it"
+    )
     line_search: bool = Field(False, description="halve a sample's step while its residual would not fall")
 
     @field_validator("memory", mode="before")
@@ -35,123 +47,193 @@ class BroydenSettings(SolverSettings):
 
 @dataclass
 class BroydenState:
-    """Inverse Jacobian of f(z) - z as -I + left^T right, of rank `count`; and the pair before, with the step taken."""
+    """Inverse Jacobian H = -I + left^T right of f(z) - z, and the step before.
+
+    Attributes:
+        left, right: (B, memory, F), rows in use first.
+        count: rows in use.
+        residual: (B, F), the last one.
+        direction: (B, F), -H residual by the H of then; the step, but for a line search.
+        length: (B, 1), share of the direction that was gone, or None for all of it.
+        z: (B, F), where the last step led to; another state there was repaired or rounded.
+    """
 
     left: Tensor
     right: Tensor
-    count: int
-    z: Tensor | None
-    residual: Tensor | None
-    direction: Tensor | None
+    count: int = 0
+    residual: Tensor | None = None
+    direction: Tensor | None = None
+    length: Tensor | None = None
+    z: Tensor | None = None
 
 
 class Broyden(Solver[BroydenSettings]):
-    """Quasi-Newton steps on g(z) = f(z) - z with Broyden's rank-one update of the inverse Jacobian, sample by sample.
+    """Quasi-Newton steps on g(z) = f(z) - z with Broyden's rank-one update of the inverse Jacobian H, sample by sample.
+
+    With s the last step and y the change of the residual, H becomes H + (s - H y) v^T / (v.y), v = H^T s (good) or y
+    (bad). The bad update is nearly a Krylov method where f contracts, and the good one is better where f turns steps
+    round and stretches them. By default each sample's pair is used for the one that it suits.
 
     Use it where the spectral radius of df/dz is near or above 1: it needs the fewest evaluations of the built-in
     solvers there. It starts as plain iteration (J0 = -I). Its steps are dearer than Anderson's once the rank is high.
 
-    A step costs one evaluation and four (B, 1, F) x (F, rank) products; memory is 2 * memory + 4 states. When the
-    memory is full, the inverse is cut to its best two thirds by a singular value decomposition; overwriting the oldest
-    pair instead would leave an inverse that belongs to nothing.
+    A step costs one evaluation and two (B, 1, F) x (F, rank) products, four with the good update; memory is 2 * memory
+    + 4 states at most. When the memory is full, H is cut to what it does on the latest two thirds of its right-hand
+    vectors, and is -I across them; overwriting the oldest pair instead would leave an inverse that belongs to nothing.
 
-    Source: Broyden (1965), the "good" update; Kelley, Iterative Methods (1995), ch. 7; rank reduction after van de
-    Rotten and Verduyn Lunel (2005).
+    Source: Broyden (1965), both updates; choosing between them: Martinez, Numer. Math. 38 (1982).
     """
 
     def init(self, problem: Problem, z: Tensor, fz: Tensor) -> BroydenState:
         batch, features = z.shape
-        memory = self.settings.memory or self.settings.max_iter
-        rank = max(1, min(memory, self.settings.max_iter))
-        return BroydenState(
-            left=z.new_empty(batch, rank, features),
-            right=z.new_empty(batch, rank, features),
-            count=0,
-            z=None,
-            residual=None,
-            direction=None,
-        )
+        rank = max(2, min(self.settings.memory or self.settings.max_iter, self.settings.max_iter))
+        left = z.new_empty(batch, rank, features)
+        return BroydenState(left, torch.empty_like(left))
 
     def resume(self, problem: Problem, z: Tensor, fz: Tensor, state: BroydenState) -> BroydenState:
+        fresh = self.init(problem, z, fz)
         if (state.left.shape[0], state.left.shape[2]) != tuple(z.shape):
-            return self.init(problem, z, fz)
-        state.z = state.residual = state.direction = None  # the first secant pair would be between two problems
-        return state
+            return fresh
+        if state.count >= fresh.left.shape[1]:
+            _cut(state, fresh.left.shape[1] - 1)
+        fresh.count = state.count
+        fresh.left[:, : state.count] = state.left[:, : state.count]
+        fresh.right[:, : state.count] = state.right[:, : state.count]
+        return fresh
 
     def step(self, problem: Problem, z: Tensor, fz: Tensor, state: BroydenState) -> Step:
         residual = fz - z
-        product = self._product(state, residual)
-        if state.z is not None and state.residual is not None and state.direction is not None:
-            product = self._update(state, z - state.z, residual, residual - state.residual, product, state.direction)
-        direction = -product
-        state.z, state.residual, state.direction = z, residual, direction
+        if state.z is not None and z is not state.z:
+            _recover(state, z, residual)
+        if state.count == state.left.shape[1]:
+            _cut(state, 2 * state.count // 3)
+            state.direction = None
+        product = _product(state, residual)
+        if state.residual is None or state.direction is None:
+            direction = product.neg_()
+        else:
+            direction = self._learn(state, residual, product)
+        state.residual, state.direction = residual, direction
         if self.settings.line_search:
             return self._search(problem, z, residual, direction, state)
-        return Step(z + direction, state)
+        state.z = z + direction
+        return Step(state.z, state)
 
-    @staticmethod
-    def _product(state: BroydenState, x: Tensor) -> Tensor:
-        """H x, H the inverse Jacobian."""
-        if state.count == 0:
-            return -x
-        left, right = state.left[:, : state.count], state.right[:, : state.count]
-        return torch.baddbmm(x[:, None], torch.bmm(x[:, None], right.mT), left, beta=-1)[:, 0]
+    def _learn(self, state: BroydenState, residual: Tensor, product: Tensor) -> Tensor:
+        """Update H by the pair that ends at `residual`; the new -H residual, made of `product`, the old H residual.
 
-    def _update(
-        self, state: BroydenState, dz: Tensor, residual: Tensor, d_residual: Tensor, product: Tensor, direction: Tensor
-    ) -> Tensor:
-        """Make H map d_residual to dz by a rank-one change; returns the new H @ residual."""
-        if state.count == state.left.shape[1]:
-            self._reduce(state)
-            product = self._product(state, residual)
-            mapped = self._product(state, d_residual)
+        With s = -H (residual before), s - H y is -H residual: so the new vector and the new direction are both parallel
+        to `product`, and neither s nor H y is needed.
+        """
+        dot = torch.linalg.vecdot
+        count, before = state.count, state.residual
+        y = torch.sub(residual, before, out=state.right.select(1, count))  # type: ignore[arg-type]
+        state.residual = None
+        scale, share = dot(y, y), dot(y, residual)
+        if self.settings.update != "bad":
+            scale, share = self._good(state, y, product, scale, share)
+        useless = ~(scale.abs() > 0)[:, None]  # did not move, or isn't finite: this sample keeps its H
+        change = torch.div(product, scale.neg()[:, None], out=state.left.select(1, count))
+        factor = (share / scale)[:, None].masked_fill_(useless, 0.0).sub_(1)
+        rest = None
+        if state.length is not None:  # s is a part of the direction only: s - H y = -product - (1 - length) direction
+            rest = (1 - state.length) * state.direction
+            change.sub_(rest / scale[:, None])
+        if _some(useless):
+            change.masked_fill_(useless, 0.0)
+            y.masked_fill_(useless, 0.0)
+        state.count = count + 1
+        product.mul_(factor)
+        return product if rest is None else product.add_(rest * (factor + 1))
+
+    def _good(
+        self, state: BroydenState, y: Tensor, product: Tensor, scale: Tensor, share: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """v.y and v.residual, with v = H^T s put in y's place, for the samples whose pair suits the good update."""
+        dot = torch.linalg.vecdot
+        step = state.direction if state.length is None else state.length * state.direction
+        if self.settings.update == "good":
+            chosen = torch.ones_like(scale, dtype=torch.bool)
         else:
-            mapped = product + direction  # H r_old = -direction
-        if state.count == 0:
-            row = -dz
-        else:
-            left, right = state.left[:, : state.count], state.right[:, : state.count]
-            row = torch.baddbmm(dz[:, None], torch.bmm(dz[:, None], left.mT), right, beta=-1)[:, 0]
-        norms = torch.linalg.vector_norm
-        along = (row * d_residual).sum(1, keepdim=True)
-        least = torch.finfo(dz.dtype).eps * norms(row, 2, 1, True) * norms(d_residual, 2, 1, True)
-        usable = along.abs() > least  # a sample that did not move, or whose pair says nothing, keeps its H
-        column = torch.where(usable, (dz - mapped) / torch.where(usable, along, 1.0), 0.0)
-        state.left[:, state.count] = column
-        state.right[:, state.count] = row
-        state.count += 1
-        return product + column * (row * residual).sum(1, keepdim=True)
+            chosen = scale > STRETCH * dot(step, step)
+            if not _some(chosen):
+                return scale, share
+        count = state.count
+        v = -step
+        if count:
+            weights = torch.bmm(step[:, None], state.left.narrow(1, 0, count).mT)
+            v = torch.baddbmm(v[:, None], weights, state.right.narrow(1, 0, count))[:, 0]
+        seen = dot(step, product)
+        y.copy_(torch.where(chosen[:, None], v, y))
+        return torch.where(chosen, seen + dot(step, state.direction), scale), torch.where(chosen, seen, share)
 
-    @staticmethod
-    def _reduce(state: BroydenState) -> None:
-        """Cut left^T right to its largest two thirds of singular directions (to all that there can be, if fewer)."""
-        keep = min(state.count * 2 // 3, state.left.shape[2])
-        if keep:
-            # A sample whose f gives NaN has it here too, and must not make the others' decomposition fail.
-            left_q, left_r = torch.linalg.qr(state.left.nan_to_num(0.0, 0.0, 0.0).mT)
-            right_q, right_r = torch.linalg.qr(state.right.nan_to_num(0.0, 0.0, 0.0).mT)
-            u, s, vh = torch.linalg.svd(left_r @ right_r.mT, full_matrices=False)
-            state.left[:, :keep] = ((left_q @ u[..., :keep]) * s[:, None, :keep]).mT
-            state.right[:, :keep] = (right_q @ vh[:, :keep].mT).mT
-        state.count = keep
-
-    @staticmethod
-    def _search(problem: Problem, z: Tensor, residual: Tensor, direction: Tensor, state: BroydenState) -> Step:
+    def _search(self, problem: Problem, z: Tensor, residual: Tensor, direction: Tensor, state: BroydenState) -> Step:
         """Per sample, the first of the steps 1, 1/2, 1/4 ... whose residual falls; otherwise the shortest."""
         norms = torch.linalg.vector_norm
         start = norms(residual, 2, 1, True)
         length = torch.ones_like(start)
+        trial, fz = z, None
         for _ in range(HALVINGS):
             trial = z + length * direction
             fz = problem(trial)
             falls = norms(fz - trial, 2, 1, True) <= (1 - DECREASE * length) * start
             if bool(falls.all()):
-                return Step(trial, state, fz)
+                break
             length = torch.where(falls, length, length / 2)
-        return Step(z + length * direction, state)
+            fz = None
+        if fz is None:
+            trial = z + length * direction
+        state.length, state.z = length, trial
+        return Step(trial, state, fz)
 
     def inverse(self, state: BroydenState) -> Callable[[Tensor], Tensor]:
-        return lambda x: -self._product(state, x)
+        return lambda x: -_product(state, x)
+
+
+def _some(rows: Tensor) -> bool:
+    """Whether some are chosen; taken for granted where asking would wait for the device."""
+    return rows.device.type != "cpu" or bool(rows.any())
+
+
+def _product(state: BroydenState, x: Tensor) -> Tensor:
+    """H x, a new tensor."""
+    count = state.count
+    if not count:
+        return -x
+    weights = torch.bmm(x[:, None], state.right.narrow(1, 0, count).mT)
+    return torch.baddbmm(x[:, None], weights, state.left.narrow(1, 0, count), beta=-1)[:, 0]
+
+
+def _recover(state: BroydenState, z: Tensor, residual: Tensor) -> None:
+    """Samples whose state is not where the last step led to, by more than rounding, start anew from `residual`."""
+    if state.z is None or state.direction is None or state.residual is None:
+        return
+    norm = torch.linalg.vector_norm
+    anew = ~(norm(z - state.z, 2, 1) <= MOVED * norm(state.direction, 2, 1))
+    state.left[:, : state.count].masked_fill_(anew[:, None, None], 0.0)
+    state.right[:, : state.count].masked_fill_(anew[:, None, None], 0.0)
+    state.direction = state.direction.masked_fill(anew[:, None], 0.0)
+    state.residual = torch.where(anew[:, None], residual, state.residual)  # no change, and so nothing to learn from
+
+
+def _cut(state: BroydenState, keep: int) -> None:
+    """Cut H to what it does on the latest `keep` right-hand vectors; across them it is -I."""
+    count = state.count
+    right = state.right[:, :count]
+    cross = torch.bmm(right[:, count - keep :], right.mT)
+    size = cross.diagonal(count - keep, 1, 2).clamp_min(torch.finfo(cross.dtype).tiny).rsqrt()
+    gram = cross[:, :, count - keep :] * size[:, :, None] * size[:, None]
+    gram.diagonal(0, 1, 2).mul_(1 + RIDGE[gram.dtype])
+    factor, info = torch.linalg.cholesky_ex(gram)
+    turn = torch.cholesky_solve(cross * size[:, :, None], factor) * size[:, :, None]
+    usable = (info == 0) & torch.isfinite(turn).all(-1).all(-1)
+    turn = torch.where(usable[:, None, None], turn, 0.0)
+    for start in range(0, right.shape[2], CHUNK):
+        part = state.left[:, :count, start : start + CHUNK]
+        part[:, :keep] = torch.bmm(turn, part)
+        part = state.right[:, :count, start : start + CHUNK]
+        part[:, :keep] = part[:, count - keep :].clone()
+    state.count = keep
 
 
 @hookimpl

@@ -1,0 +1,1 @@
+"""deqcore's own linear solvers, one file each."""
