@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -38,7 +40,10 @@ except ImportError:  # f then runs uncompiled
     def set_eval_frame(callback: Any) -> Any:
         return callback
 
-__all__ = ["Call", "call"]
+
+__all__ = ["Call", "beside", "call"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: The scopes that are on in what is being traced, which can't look into a context variable.
 TRACED: list[SolveScope] = getattr(scopes, "traced", [])
@@ -51,6 +56,18 @@ REASON = (
     "deqcore: this call can't be part of a graph. One can if it runs a fixed number of steps (tol=0), returns one "
     "state, a tensor or a tuple of tensors, and gets no gradient or a traced one (phantom); see docs/compile.md"
 )
+
+
+#: Functions of ours, copied for one f each.
+_copies: WeakKeyDictionary[Any, dict[FunctionType, FunctionType]] = WeakKeyDictionary()
+
+
+def _breaks(function: F) -> F:
+    """Have dynamo break the graph at this function; it is called with what dynamo had in force still there."""
+    try:
+        return torch.compiler.disable(function, recursive=False, reason=REASON)
+    except TypeError:  # before torch 2.7 no reason can be given
+        return torch.compiler.disable(function, recursive=False)
 
 
 class Call(NamedTuple):
@@ -76,7 +93,7 @@ def call(deq: DEQ, given: Call) -> tuple[list[Any], Solution]:
         return _attach_beside(deq, given, steps)
     TRACED.append(TRACED[-1] if TRACED else SolveScope())
     try:
-        problem, solution = _solve(deq, given, steps)
+        problem, solution = _solve(deq, given, steps, None)
         return _finish(deq, problem, solution, lambda: deq.gradients[-1].attach(problem, solution))
     finally:
         TRACED.pop()
@@ -174,7 +191,8 @@ class _Spec(StateSpec):
 
     def wrap(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:
         def evaluate(z: Tensor) -> Tensor:
-            state = self.unpack(z)
+            # A copy, which a compiler leaves out: that f changes its input in place can't be seen here, only be borne.
+            state = self.unpack(z.clone())
             out = fn(*state, *args) if self.as_arguments else fn(state, *args)
             return self._pack_leaves(self._take_output(out))
 
@@ -192,7 +210,7 @@ class _Limited:
         return getattr(self.settings, name)
 
 
-def _solve(deq: DEQ, given: Call, steps: int, fz: Tensor | None = None) -> tuple[Problem, Solution]:
+def _solve(deq: DEQ, given: Call, steps: int, fz: Tensor | None) -> tuple[Problem, Solution]:
     """The problem, and its state after `steps` steps of the solver; `fz` is f at the packed start, if known."""
     spec = _Spec(given.z0, deq.config.batch_dims)
     problem = Problem.of(given.fn, spec, tuple(given.args))
@@ -270,7 +288,7 @@ def _finish(
 
 
 class _Compiled:
-    """f, which dynamo compiles when it is called where nothing is compiled.
+    """f, which dynamo compiles although nothing is compiled where it is called.
 
     The first evaluation of a solve is a plain one: it makes what the SolveScope keeps (weights, masks), which the
     graph of the others then takes as inputs.
@@ -289,23 +307,24 @@ class _Compiled:
         if not self._begun:
             self._begun = True
             return self._fn(*args)
-        return _compiled(self._callback, self._fn, *args)
+        return _under(self._callback, _copy_for(self._fn, _evaluate), current_scope(), self._fn, *args)
 
     def __getattr__(self, name: str) -> Any:  # a solver may need more of f than its values
         return getattr(self._fn, name)
 
 
-def _compiled(callback: Any, fn: Callable[..., Any], *args: Any) -> Any:
-    """``fn(*args)``, compiled, in the scope that is on."""
-    scope = current_scope()
+def _under(callback: Any, run: Callable[..., Any], *args: Any) -> Any:
     before = set_eval_frame(callback)
     try:
-        return fn(*args) if scope is None or not scope._made else _in_scope(scope, fn, *args)
+        return run(*args)
     finally:
         set_eval_frame(before)
 
 
-def _in_scope(scope: SolveScope, fn: Callable[..., Any], *args: Any) -> Any:
+def _evaluate(scope: SolveScope | None, fn: Callable[..., Any], *args: Any) -> Any:
+    """``fn(*args)`` in the scope of a solve that is not traced itself."""
+    if scope is None:
+        return fn(*args)
     TRACED.append(scope)
     try:
         return fn(*args)
@@ -313,15 +332,31 @@ def _in_scope(scope: SolveScope, fn: Callable[..., Any], *args: Any) -> Any:
         TRACED.pop()
 
 
+def _copy_for(fn: Callable[..., Any], run: FunctionType) -> Callable[..., Any]:
+    """`run` for this f alone: dynamo compiles the same code a few times only, whatever it is called with."""
+    key: Any = getattr(fn, "__code__", None) or getattr(getattr(fn, "__func__", None), "__code__", None) or fn
+    try:
+        copies = _copies.setdefault(key, {})
+    except TypeError:  # no weak reference to it can be had
+        return run
+    if run not in copies:
+        copies[run] = FunctionType(run.__code__.replace(co_name=f"{run.__name__}_of_f"), run.__globals__)
+    return copies[run]
+
+
 @torch.compiler.disable
 def _plainly(callback: Any, run: Callable[..., Any], fn: Callable[..., Any], args: Any, options: Any) -> Any:
     return run(_Compiled(fn, callback), *args, **options)
 
 
-@torch.compiler.disable(recursive=False)
+@_breaks
 def beside(run: Callable[..., Any], fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """``run(fn, *args, **options)`` outside of any graph, with f compiled by itself."""
     return _plainly(get_eval_frame_callback(), run, fn, args, options)
+
+
+def _solve_in(scope: SolveScope, deq: DEQ, given: Call, steps: int, fz: Tensor) -> tuple[Problem, Solution]:
+    return _evaluate(scope, _solve, deq, given, steps, fz)
 
 
 @torch.compiler.disable
@@ -333,13 +368,13 @@ def _attached(callback: Any, deq: DEQ, given: Call, steps: int) -> tuple[list[An
         problem = Problem.of(_Compiled(given.fn, callback), spec, tuple(given.args))
         with torch.no_grad():
             fz = problem(spec.pack(given.z0).detach())
-        traced, solution = _compiled(callback, _solve, deq, given, steps, fz)
+        traced, solution = _under(callback, _copy_for(given.fn, _solve_in), current_scope(), deq, given, steps, fz)
         solution.spec, problem.nfe = spec, problem.nfe + traced.nfe
         this = _Call(deq, deq.solver, problem, given.backward_writer, None, None)
         return _finish(deq, problem, solution, lambda: this.attach(deq.gradients[-1], solution))
 
 
-@torch.compiler.disable(recursive=False)
+@_breaks
 def _attach_beside(deq: DEQ, given: Call, steps: int) -> tuple[list[Any], Solution]:
     """The solve as one graph of its own, and then a gradient that can't be traced."""
     return _attached(get_eval_frame_callback(), deq, given, steps)

@@ -184,7 +184,7 @@ def _check_unused(layers: Sequence[Layer], notes: Notes) -> None:
     if "name" in backward:
         given = backward.pop("name")
         try:
-            registry.find("solvers", given.value)
+            registry.find("any_solvers", given.value)
         except DEQError as error:
             error.args = (f"b_solver ({given.origin}): {error}",)
             raise

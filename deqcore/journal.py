@@ -12,8 +12,8 @@ from .rows import Rows
 
 __all__ = ["Journal"]
 
-#: States are kept by reference up to this many bytes, MOST at most; beyond, they are merged. A merge at every step would
-#: cost a small state more than the step; many kept make every evaluation write to fresh memory, and large ones fill it.
+#: States are kept by reference up to this many bytes, MOST at most; beyond, they are merged. A merge at every step
+#: would cost a small state more than the step; many kept make every evaluation write to fresh memory.
 KEPT_BYTES = 1 << 18
 MOST = 32
 

@@ -263,7 +263,8 @@ class Monitor:
     def trace(self) -> Trace:
         """Residuals of all checks."""
         journal = self.journal
-        return Trace(self.rows, journal.residuals, journal.sizes, journal.steps) if self.keep_trace else Trace(self.rows)
+        kept = (journal.residuals, journal.sizes, journal.steps) if self.keep_trace else ()
+        return Trace(self.rows, *kept)
 
     def skipped(self) -> Solution:
         """The solution of a run of no steps: the start, of which nothing is known."""
@@ -292,7 +293,8 @@ class Monitor:
     def report(self, final: Best, last: Any, steps: int, trace: Trace, failed: Tensor | None) -> Solution:
         """The solution that says so."""
         problem = self.problem
-        report = Report(final, (self.start if self.first is not None else math.nan, last), steps, self.settings.patience, self.tolerance, trace, failed)
+        start = math.nan if self.first is None else self.start
+        report = Report(final, (start, last), steps, self.settings.patience, self.tolerance, trace, failed)
         solution = report.solution(problem)
         if self.never_stops:
             solution.accepted = (Status.MAX_STEPS, Status.STALLED)

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import sub
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -110,16 +110,7 @@ class _Lists:
             return residual, size
 
         tiny = z.numel() <= TINY_STATE and z.device.type == "cpu" and settings.residual_norm == "l2"
-        self.measure: Measure = self._measure_tiny if tiny else measure
-        self._latest: tuple[Tensor | None, list[list[float]]] = None, []
-
-    def _measure_tiny(self, z: Tensor, fz: Tensor) -> tuple[list[float], list[float]]:
-        latest, values = self._latest
-        if z is not latest:  # of plain iteration, z is the last image
-            values = cast("list[list[float]]", z.tolist())
-        images: list[list[float]] = fz.tolist()
-        self._latest = fz, images
-        return list(map(math.dist, values, images)), [math.hypot(*image) for image in images]
+        self.measure: Measure = _measure_in_python() if tiny else measure
 
     def full(self, value: float) -> list[float]:
         return [value] * self.batch
@@ -147,6 +138,19 @@ class _Lists:
 
     def from64(self, rows: Tensor) -> list[float]:
         return rows.tolist()
+
+
+def _measure_in_python() -> Measure:
+    latest: list[Any] = [None, None]  # an image, and its numbers
+
+    def measure(z: Tensor, fz: Tensor) -> tuple[list[float], list[float]]:
+        # Of plain iteration, z is the last image.
+        values: list[list[float]] = latest[1] if z is latest[0] else z.tolist()
+        images: list[list[float]] = fz.tolist()
+        latest[:] = fz, images
+        return list(map(math.dist, values, images)), [math.hypot(*image) for image in images]
+
+    return measure
 
 
 class _Tensors:

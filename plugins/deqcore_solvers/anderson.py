@@ -1,9 +1,9 @@
-"""Anderson acceleration, type II, with one Gram row a step."""
+"""Anderson acceleration, types I and II, with one Gram row a step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,9 @@ class AndersonSettings(SolverSettings):
     aliases: ClassVar[dict[str, str]] = {"m": "memory", "tau": "damping", "lam": "absolute_ridge"}
 
     memory: int = Field(10, ge=1, description="differences kept; more helps hard problems and costs 2 states each")
+    type: Literal["I", "II"] = Field(
+        "II", description="II: least residual. I: quasi-Newton on the steps; a wilder one, to be used with safeguard"
+    )
     damping: float = Field(
         1.0, gt=0, le=2, description="how far to go along the mixed residual; 1 needs no extra memory"
     )
@@ -30,19 +33,40 @@ class AndersonSettings(SolverSettings):
     absolute_ridge: float = Field(
         0.0, ge=0, description="added to the Gram matrix as it is (TorchDEQ's lam); slows the last digits down"
     )
+    safeguard: float | None = Field(
+        None,
+        ge=1,
+        description="a sample whose residual exceeds its last accepted one by this goes back to f of that "
+        "state and forgets its history; None never, as a residual that rises for a few steps is the usual way",
+    )
+    restart: int | None = Field(None, ge=2, description="forget all history after so many steps; None never")
+    weight_cap: float | None = Field(
+        None, gt=0, description="a sample whose weights have a larger norm takes a plain step; None: no cap"
+    )
 
 
 @dataclass
 class AndersonState:
-    """The last differences as ring buffers of shape (B, memory, F), zero until filled, and their Gram matrix, the
-    identity until filled: so every step works on whole, contiguous buffers. `count` differences were ever stored."""
+    """History of a run.
+
+    Attributes:
+        residuals, images: (B, memory, F), differences of successive residuals f(z) - z and images f(z), zero until
+            filled; the slot that comes next holds the last residual and image themselves.
+        gram: (B, memory, memory), products of the differences (type I: of steps with residuals), the identity until
+            filled: so every step works on whole, contiguous buffers.
+        count: differences ever stored.
+        started: whether there is a last residual.
+        accepted: (B, 1), residual norm of the last accepted state; where a safeguard is on.
+        image: (B, F), f of that state.
+    """
 
     residuals: Tensor
     images: Tensor
     gram: Tensor
-    count: int
-    residual: Tensor | None
-    image: Tensor | None
+    count: int = 0
+    started: bool = False
+    accepted: Tensor | None = None
+    image: Tensor | None = None
 
 
 class Anderson(Solver[AndersonSettings]):
@@ -52,76 +76,122 @@ class Anderson(Solver[AndersonSettings]):
 
         z <- f(z) - D_f g  (- (1 - damping) (r - D_r g)),   g = argmin ||r - D_r g||.
 
+    Type I takes g from D_z^T (r - D_r g) = 0 instead, D_z = D_f - D_r, which is a multisecant form of Broyden's good
+    update.
+
     Use it as the first choice where plain iteration is slow: it needs one evaluation a step like it, and typically two
     to five times fewer. Prefer `broyden` where the spectral radius is very close to 1. It is not monotone: the residual
     may rise before it falls.
 
-    A step costs one evaluation, three (B, 1, F) x (F, memory) products and a (memory, memory) Cholesky factor a sample;
-    memory is 2 * memory + 2 states.
+    A step costs one evaluation, three (B, 1, F) x (F, memory) products and a (memory, memory) Cholesky factor a sample
+    (type I: five products, and an LU factor); memory is 2 * memory + 2 states, one more with a safeguard.
 
-    Source: Anderson (1965); Walker and Ni, SIAM J. Numer. Anal. 49 (2011), eq. 2.3. The ridge is relative to the Gram
-    matrix, so that it means the same at every residual.
+    Source: Anderson (1965); Walker and Ni, SIAM J. Numer. Anal. 49 (2011), eq. 2.3. Type I and its safeguard: Fang and
+    Saad, Numer. Linear Algebra Appl. 16 (2009); Zhang, O'Donoghue and Boyd, SIAM J. Optim. 30 (2020). The ridge is
+    relative to the Gram matrix, so that it means the same at every residual.
     """
 
     def init(self, problem: Problem, z: Tensor, fz: Tensor) -> AndersonState:
         batch, features = z.shape
         memory = min(self.settings.memory, max(self.settings.max_iter - 1, 1))
-        return AndersonState(
-            residuals=z.new_zeros(batch, memory, features),
-            images=z.new_zeros(batch, memory, features),
-            gram=torch.eye(memory, dtype=z.dtype, device=z.device).repeat(batch, 1, 1),
-            count=0,
-            residual=None,
-            image=None,
-        )
+        differences = z.new_zeros(2, batch, memory, features)
+        gram = torch.eye(memory, dtype=z.dtype, device=z.device).repeat(batch, 1, 1)
+        return AndersonState(differences[0], differences[1], gram)
 
     def resume(self, problem: Problem, z: Tensor, fz: Tensor, state: AndersonState) -> AndersonState:
         if (state.residuals.shape[0], state.residuals.shape[2]) != tuple(z.shape):
             return self.init(problem, z, fz)
-        state.residual = state.image = None  # the first difference would be between two problems
+        if state.started:  # the last pair belongs to another problem: its slot is empty
+            _forget(state, slice(None), state.count % state.gram.shape[1])
+        state.started, state.accepted = False, None
         return state
 
     def step(self, problem: Problem, z: Tensor, fz: Tensor, state: AndersonState) -> Step:
+        settings = self.settings
+        memory = state.gram.shape[1]
         residual = fz - z
-        if state.residual is not None and state.image is not None:
-            self._remember(state, residual - state.residual, fz - state.image)
-        state.residual, state.image = residual, fz
-        if state.count == 0:
-            damping = self.settings.damping
-            return Step(fz if damping == 1.0 else torch.lerp(z, fz, damping), state)
-        return Step(self._mix(state, residual, fz), state)
+        if settings.restart is not None and state.count >= settings.restart:
+            _forget(state, slice(None), slice(None))
+            state.count, state.started = 0, False
+        if state.started:
+            slot = state.count % memory
+            newest, image = state.residuals.select(1, slot), state.images.select(1, slot)
+            torch.sub(residual, newest, out=newest)
+            torch.sub(fz, image, out=image)
+            state.count += 1
+            self._enter(state, slot, newest)
+            mixed = self._mix(state, residual, fz)
+        else:
+            mixed = fz if settings.damping == 1.0 else torch.lerp(z, fz, settings.damping)
+        slot = state.count % memory
+        state.residuals.select(1, slot).copy_(residual)
+        state.images.select(1, slot).copy_(fz)
+        state.started = True
+        return Step(mixed if settings.safeguard is None else self._guard(state, residual, fz, mixed), state)
 
-    def _remember(self, state: AndersonState, d_residual: Tensor, d_image: Tensor) -> None:
-        """Put the newest differences, and their row of the Gram matrix, in place of the oldest."""
+    def _enter(self, state: AndersonState, slot: int, newest: Tensor) -> None:
+        """Put the newest difference's products with all of them in the Gram matrix."""
         gram, settings = state.gram, self.settings
-        slot = state.count % gram.shape[1]
-        state.residuals[:, slot] = d_residual
-        state.images[:, slot] = d_image
-        row = torch.bmm(d_residual[:, None], state.residuals.mT)
-        diagonal = row[:, :, slot]
+        row = torch.bmm(newest[:, None], state.residuals.mT)
+        column = row
+        if settings.type == "I":
+            step = state.images.select(1, slot) - newest
+            column = torch.bmm(newest[:, None], state.images.mT) - row
+            row = torch.bmm(step[:, None], state.residuals.mT)
+        diagonal = row.select(2, slot)
         diagonal.mul_(1 + (RIDGE[row.dtype] if settings.ridge is None else settings.ridge))
         if settings.absolute_ridge:
             diagonal.add_(settings.absolute_ridge)
-        row = row[:, 0]
-        gram[:, slot] = row
-        gram[:, :, slot] = row
-        state.count += 1
+        gram.select(2, slot).copy_(column[:, 0])
+        gram.select(1, slot).copy_(row[:, 0])
 
     def _mix(self, state: AndersonState, residual: Tensor, fz: Tensor) -> Tensor:
-        residuals = state.residuals
-        factor, info = torch.linalg.cholesky_ex(state.gram)
-        weights = torch.cholesky_solve(torch.bmm(residual[:, None], residuals.mT).mT, factor).mT
+        residuals, images, settings = state.residuals, state.images, self.settings
+        target = torch.bmm(residual[:, None], residuals.mT)
+        if settings.type == "I":
+            target = torch.bmm(residual[:, None], images.mT).sub_(target)
+            weights, info = torch.linalg.solve_ex(state.gram, target.mT)
+        else:
+            factor, info = torch.linalg.cholesky_ex(state.gram)
+            weights = torch.cholesky_solve(target.mT, factor)
+        weights = weights.mT
         # A sample whose factor broke down (it stopped moving, or its differences are parallel) takes a plain step.
-        if info.is_cuda:  # asking whether there is one would wait for the device
-            weights = weights.masked_fill(info[:, None, None] != 0, 0.0)
-        elif info.any():
-            weights = torch.where(info[:, None, None] != 0, 0.0, weights)
-        mixed = torch.baddbmm(fz[:, None], weights, state.images, alpha=-1)[:, 0]
-        damping = self.settings.damping
-        if damping == 1.0:
+        plain = info != 0
+        if settings.weight_cap is not None:
+            plain = plain | ~(torch.linalg.vector_norm(weights, dim=(1, 2)) <= settings.weight_cap)
+        weights.masked_fill_(plain[:, None, None], 0.0)
+        mixed = torch.baddbmm(fz[:, None], weights, images, alpha=-1)[:, 0]
+        if settings.damping == 1.0:
             return mixed
         left = torch.baddbmm(residual[:, None], weights, residuals, alpha=-1)[:, 0]
-        return mixed - (1 - damping) * left
+        return mixed.sub_(left, alpha=1 - settings.damping)
+
+    def _guard(self, state: AndersonState, residual: Tensor, fz: Tensor, mixed: Tensor) -> Tensor:
+        """Take samples whose residual rose too far back to the image of the last state that was accepted."""
+        norm = torch.linalg.vector_norm(residual, 2, 1, True)
+        if state.accepted is None or state.image is None:
+            state.accepted, state.image = norm, fz
+            return mixed
+        rose = ~(norm <= (self.settings.safeguard or 1.0) * state.accepted)
+        back = state.image
+        rows = rose[:, :, None]
+        state.residuals.masked_fill_(rows, 0.0)
+        state.images.masked_fill_(rows, 0.0)
+        state.gram = torch.where(rows, torch.eye(state.gram.shape[1]).to(state.gram), state.gram)
+        # What comes next is a plain step from an accepted state: it is accepted whatever its residual is.
+        state.accepted = torch.where(rose, torch.inf, norm)
+        state.image = torch.where(rose, back, fz)
+        return torch.where(rose, back, mixed)
+
+
+def _forget(state: AndersonState, rows: slice, slots: int | slice) -> None:
+    """Make these slots as they were before they were filled."""
+    state.residuals[rows, slots] = 0.0
+    state.images[rows, slots] = 0.0
+    memory = state.gram.shape[1]
+    identity = torch.eye(memory).to(state.gram)
+    state.gram[rows, slots] = identity[slots]
+    state.gram[rows, :, slots] = identity[:, slots]
 
 
 @hookimpl
