@@ -157,7 +157,7 @@ def _packs(z0: Any, batch_dims: int) -> bool:
 
 
 class _Spec(StateSpec):
-    """A :class:`StateSpec` of a tensor, or of a tuple or list of tensors, made without anything that can't be traced."""
+    """A :class:`StateSpec` of a tensor, or of a tuple or list of tensors, made by what can be traced alone."""
 
     def __init__(self, z0: Any, batch_dims: int) -> None:
         self.single = isinstance(z0, Tensor)

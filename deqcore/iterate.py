@@ -97,22 +97,25 @@ class _Loop:
             return self._own_loop(z)
         monitor.recovers = solver.monitored
         self.samples: list[Tensor] = []
-        first, stop = problem(z) if fz is None else fz, False
-        if solver.monitored:
-            z, first, stop = monitor.judge(0, z, first)
-        else:
-            monitor.begin(monitor.rows.measure(z, first)[0])
-        kept = deepcopy(options.warm_state)  # the solution that it comes from may be used again
-        state: Any = solver.resume(problem, z, first, kept) if kept is not None else solver.init(problem, z, first)
-        step, z, state = (0, z, state) if stop else self._steps(z, first, state)
+        step, z, state = self._steps(z, problem(z) if fz is None else fz)
         return self._result(step, z, state, start)
 
-    def _steps(self, z: Tensor, fz: Tensor | None, state: Any) -> tuple[int, Tensor, Any]:
-        """Step until the run ends. Returns the number of steps, the last state, and the solver's."""
+    def _steps(self, z: Tensor, fz: Tensor | None) -> tuple[int, Tensor, Any]:
+        """Step until the run ends. Returns the number of steps, the last state, and the solver's.
+
+        No name outlives its step here: states may be large.
+        """
         solver, problem, settings, monitor = self.solver, self.problem, self.settings, self.monitor
+        k, stop = 0, False
+        if solver.monitored:
+            z, fz, stop = monitor.judge(0, z, cast(Tensor, fz))
+        else:
+            monitor.begin(monitor.measure(z, cast(Tensor, fz))[0])
+        if stop:
+            return 0, z, self.options.warm_state
+        state = self._begin(z, cast(Tensor, fz))
         last, rounds, sample_at, budget = settings.max_iter, problem.rounds, self.options.sample_at, settings.max_nfe
         check_every = self.options.check_every if solver.monitored else last
-        k, stop = 0, False
         while not stop and k < last and (budget is None or problem.work < budget):
             z, state, fz = solver.step(problem, z, cast(Tensor, fz), state)
             k += 1
@@ -123,7 +126,8 @@ class _Loop:
             estimated = fz is not None and solver.estimates
             if fz is None:
                 fz = problem(z)
-            if check_every == 1 or k % check_every == 0 or k == last or k in sample_at:
+            spent = budget is not None and problem.work >= budget
+            if check_every == 1 or k % check_every == 0 or k == last or k in sample_at or spent:
                 strikes = monitor.strikes
                 z, fz, stop = monitor.judge(k, z, fz)
                 if stop and estimated:
@@ -132,7 +136,16 @@ class _Loop:
                 elif check_every > 1 and monitor.strikes is not strikes:  # NaN may have got into the history unseen
                     state = solver.init(problem, z, fz)
                 stop = self._tell(k, z, stop)
+        if not k and not solver.monitored:  # the budget is spent already
+            z, fz, _ = monitor.judge(0, z, cast(Tensor, fz))
         return k, z, state
+
+    def _begin(self, z: Tensor, fz: Tensor) -> Any:
+        """The solver's state before the first step."""
+        if self.options.warm_state is None:
+            return self.solver.init(self.problem, z, fz)
+        kept = deepcopy(self.options.warm_state)  # the solution that it comes from may be used again
+        return self.solver.resume(self.problem, z, fz, kept)
 
     def _tell(self, k: int, z: Tensor, stop: bool) -> bool:
         """Hand the state judged to who asked for it; whether to stop."""
@@ -158,8 +171,8 @@ class _Loop:
             solution.accepted = (Status.MAX_STEPS, Status.STALLED)
         if self.options.keep_state:
             solution.solver_state = state
-        for key, value in solver.notes(state).items():
-            solution[key] = value
+        if state is not None:
+            solution.update(solver.notes(state))
         samples = self.samples + [solution["z"]] * (len(self.options.sample_at) - len(self.samples))
         return Run(solution, samples)
 

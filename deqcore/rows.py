@@ -28,6 +28,9 @@ TINY_STATE = 64
 #: Norms of states of so many numbers are written side by side: small tensors that stay, scattered between large ones
 #: that come and go, keep the allocator from giving these the same memory again.
 LARGE_STATE = 16384
+#: Differences of states of so many numbers are made in PARTS, so that no second state is needed for them.
+HUGE_STATE = 1 << 18
+PARTS = 16
 #: Pairs of norms to a piece of memory.
 PLACES = 64
 
@@ -88,12 +91,17 @@ def _norms(z: Tensor, settings: SolverSettings) -> Measure:
     if z.numel() < LARGE_STATE:
         return lambda z, fz: (vector_norm(fz - z, order, 1), vector_norm(fz, order, 1))
     places: list[Tensor] = []
+    part = z.shape[0] if z.numel() < HUGE_STATE else -(-z.shape[0] // PARTS)
 
     def into_place(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
         if not places:
             places.extend(z.new_empty(2 * PLACES, z.shape[0]).unbind())
         first, second = places.pop(), places.pop()
-        return vector_norm(fz - z, order, 1, out=first), vector_norm(fz, order, 1, out=second)
+        if part == z.shape[0]:
+            return vector_norm(fz - z, order, 1, out=first), vector_norm(fz, order, 1, out=second)
+        for into, a, b in zip(first.split(part), fz.split(part), z.split(part), strict=True):
+            vector_norm(a - b, order, 1, out=into)
+        return first, vector_norm(fz, order, 1, out=second)
 
     return into_place
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from deqcore import Problem, Solver, SolverSettings, Step, hookimpl
 
+#: States of at least so many numbers wait in their slot until they become a difference, which costs a copy; smaller
+#: ones are kept by reference, which costs memory.
+LARGE_STATE = 1 << 16
 #: Default ridge, relative to the Gram matrix's diagonal: the smallest that keeps its Cholesky factor from failing.
 RIDGE = {torch.float32: 3e-7, torch.float64: 1e-12}
 
@@ -20,7 +23,7 @@ class AndersonSettings(SolverSettings):
 
     aliases: ClassVar[dict[str, str]] = {"m": "memory", "tau": "damping", "lam": "absolute_ridge"}
 
-    memory: int = Field(10, ge=1, description="differences kept; more helps hard problems and costs 2 states each")
+    memory: int = Field(14, ge=1, description="differences kept; more helps hard problems and costs 2 states each")
     type: Literal["I", "II"] = Field(
         "II", description="II: least residual. I: quasi-Newton on the steps; a wilder one, to be used with safeguard"
     )
@@ -51,11 +54,11 @@ class AndersonState:
 
     Attributes:
         residuals, images: (B, memory, F), differences of successive residuals f(z) - z and images f(z), zero until
-            filled; the slot that comes next holds the last residual and image themselves.
+            filled; the slot that comes next may hold the last residual and image themselves.
         gram: (B, memory, memory), products of the differences (type I: of steps with residuals), the identity until
             filled: so every step works on whole, contiguous buffers.
         count: differences ever stored.
-        started: whether there is a last residual.
+        last: (B, F), the last residual and image, or None before the first step.
         accepted: (B, 1), residual norm of the last accepted state; where a safeguard is on.
         image: (B, F), f of that state.
     """
@@ -64,7 +67,7 @@ class AndersonState:
     images: Tensor
     gram: Tensor
     count: int = 0
-    started: bool = False
+    last: tuple[Tensor, Tensor] | None = None
     accepted: Tensor | None = None
     image: Tensor | None = None
 
@@ -101,42 +104,50 @@ class Anderson(Solver[AndersonSettings]):
     def resume(self, problem: Problem, z: Tensor, fz: Tensor, state: AndersonState) -> AndersonState:
         if (state.residuals.shape[0], state.residuals.shape[2]) != tuple(z.shape):
             return self.init(problem, z, fz)
-        if state.started:  # the last pair belongs to another problem: its slot is empty
-            _forget(state, slice(None), state.count % state.gram.shape[1])
-        state.started, state.accepted = False, None
+        if state.last is not None:  # the last pair belongs to another problem: its slot is empty
+            _forget(state, [state.count % state.gram.shape[1]])
+        state.last = state.accepted = None
         return state
 
     def step(self, problem: Problem, z: Tensor, fz: Tensor, state: AndersonState) -> Step:
         settings = self.settings
         memory = state.gram.shape[1]
         residual = fz - z
+        large = fz.numel() >= LARGE_STATE
         if settings.restart is not None and state.count >= settings.restart:
-            _forget(state, slice(None), slice(None))
-            state.count, state.started = 0, False
-        if state.started:
+            _forget(state, list(range(memory)))
+            state.count, state.last = 0, None
+        if state.last is not None:
             slot = state.count % memory
-            newest, image = state.residuals.select(1, slot), state.images.select(1, slot)
-            torch.sub(residual, newest, out=newest)
-            torch.sub(fz, image, out=image)
+            newest = torch.sub(residual, state.last[0], out=state.residuals.select(1, slot))
+            torch.sub(fz, state.last[1], out=state.images.select(1, slot))
+            state.last = None
             state.count += 1
             self._enter(state, slot, newest)
-            mixed = self._mix(state, residual, fz)
+            target = torch.bmm(residual.unsqueeze(1), state.residuals.mT)
+            if settings.type == "I":
+                target = torch.bmm(residual.unsqueeze(1), state.images.mT).sub_(target)
+            if large:
+                del residual  # made again below, where the mixed state has been paid for
+            mixed = self._mix(state, target, z, fz)
         else:
             mixed = fz if settings.damping == 1.0 else torch.lerp(z, fz, settings.damping)
-        slot = state.count % memory
-        state.residuals.select(1, slot).copy_(residual)
-        state.images.select(1, slot).copy_(fz)
-        state.started = True
+        if large:
+            slot = state.count % memory
+            residual = torch.sub(fz, z, out=state.residuals.select(1, slot))
+            state.last = residual, state.images.select(1, slot).copy_(fz)
+        else:
+            state.last = residual, fz
         return Step(mixed if settings.safeguard is None else self._guard(state, residual, fz, mixed), state)
 
     def _enter(self, state: AndersonState, slot: int, newest: Tensor) -> None:
         """Put the newest difference's products with all of them in the Gram matrix."""
         gram, settings = state.gram, self.settings
-        row = torch.bmm(newest[:, None], state.residuals.mT)
+        row = torch.bmm(newest.unsqueeze(1), state.residuals.mT)
         column = row
         if settings.type == "I":
             step = state.images.select(1, slot) - newest
-            column = torch.bmm(newest[:, None], state.images.mT) - row
+            column = torch.bmm(newest.unsqueeze(1), state.images.mT) - row
             row = torch.bmm(step[:, None], state.residuals.mT)
         diagonal = row.select(2, slot)
         diagonal.mul_(1 + (RIDGE[row.dtype] if settings.ridge is None else settings.ridge))
@@ -145,26 +156,25 @@ class Anderson(Solver[AndersonSettings]):
         gram.select(2, slot).copy_(column[:, 0])
         gram.select(1, slot).copy_(row[:, 0])
 
-    def _mix(self, state: AndersonState, residual: Tensor, fz: Tensor) -> Tensor:
+    def _mix(self, state: AndersonState, target: Tensor, z: Tensor, fz: Tensor) -> Tensor:
         residuals, images, settings = state.residuals, state.images, self.settings
-        target = torch.bmm(residual[:, None], residuals.mT)
         if settings.type == "I":
-            target = torch.bmm(residual[:, None], images.mT).sub_(target)
             weights, info = torch.linalg.solve_ex(state.gram, target.mT)
         else:
             factor, info = torch.linalg.cholesky_ex(state.gram)
             weights = torch.cholesky_solve(target.mT, factor)
         weights = weights.mT
         # A sample whose factor broke down (it stopped moving, or its differences are parallel) takes a plain step.
-        plain = info != 0
+        if info.device.type != "cpu" or any(info.tolist()):  # to ask another device would be to wait for it
+            weights.masked_fill_((info != 0)[:, None, None], 0.0)
         if settings.weight_cap is not None:
-            plain = plain | ~(torch.linalg.vector_norm(weights, dim=(1, 2)) <= settings.weight_cap)
-        weights.masked_fill_(plain[:, None, None], 0.0)
-        mixed = torch.baddbmm(fz[:, None], weights, images, alpha=-1)[:, 0]
+            plain = ~(torch.linalg.vector_norm(weights, dim=(1, 2)) <= settings.weight_cap)
+            weights.masked_fill_(plain[:, None, None], 0.0)
+        mixed = torch.baddbmm(fz.unsqueeze(1), weights, images, alpha=-1)[:, 0]
         if settings.damping == 1.0:
             return mixed
-        left = torch.baddbmm(residual[:, None], weights, residuals, alpha=-1)[:, 0]
-        return mixed.sub_(left, alpha=1 - settings.damping)
+        left = torch.baddbmm((fz - z).unsqueeze(1), weights, residuals, alpha=-1)[:, 0]
+        return mixed.sub(left, alpha=1 - settings.damping)
 
     def _guard(self, state: AndersonState, residual: Tensor, fz: Tensor, mixed: Tensor) -> Tensor:
         """Take samples whose residual rose too far back to the image of the last state that was accepted."""
@@ -184,14 +194,13 @@ class Anderson(Solver[AndersonSettings]):
         return torch.where(rose, back, mixed)
 
 
-def _forget(state: AndersonState, rows: slice, slots: int | slice) -> None:
+def _forget(state: AndersonState, slots: list[int]) -> None:
     """Make these slots as they were before they were filled."""
-    state.residuals[rows, slots] = 0.0
-    state.images[rows, slots] = 0.0
-    memory = state.gram.shape[1]
-    identity = torch.eye(memory).to(state.gram)
-    state.gram[rows, slots] = identity[slots]
-    state.gram[rows, :, slots] = identity[:, slots]
+    identity = torch.eye(state.gram.shape[1]).to(state.gram)
+    state.residuals[:, slots] = 0.0
+    state.images[:, slots] = 0.0
+    state.gram[:, slots] = identity[slots]
+    state.gram[:, :, slots] = identity[:, slots]
 
 
 @hookimpl

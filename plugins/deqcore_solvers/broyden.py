@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, field_validator
@@ -23,8 +23,9 @@ STRETCH = 4.0
 MOVED = 0.5
 #: Ridge of the reduction's Gram matrix, relative to its diagonal: keeps its Cholesky factor from failing.
 RIDGE = {torch.float32: 3e-7, torch.float64: 1e-12}
-#: Numbers of a sample that are reduced at a time, so that the reduction needs no second copy of the memory.
-CHUNK = 1 << 12
+#: States of at least so many numbers are multiplied in PARTS, so that no state of products is made.
+LARGE_STATE = 1 << 16
+PARTS = 32
 
 
 class BroydenSettings(SolverSettings):
@@ -108,28 +109,27 @@ class Broyden(Solver[BroydenSettings]):
         if state.count == state.left.shape[1]:
             _cut(state, 2 * state.count // 3)
             state.direction = None
-        product = _product(state, residual)
         if state.residual is None or state.direction is None:
-            direction = product.neg_()
+            direction = _product(state, residual).neg_()
         else:
-            direction = self._learn(state, residual, product)
+            direction = self._learn(state, residual)
         state.residual, state.direction = residual, direction
         if self.settings.line_search:
             return self._search(problem, z, residual, direction, state)
         state.z = z + direction
         return Step(state.z, state)
 
-    def _learn(self, state: BroydenState, residual: Tensor, product: Tensor) -> Tensor:
-        """Update H by the pair that ends at `residual`; the new -H residual, made of `product`, the old H residual.
+    def _learn(self, state: BroydenState, residual: Tensor) -> Tensor:
+        """Update H by the pair that ends at `residual`; the new -H residual.
 
-        With s = -H (residual before), s - H y is -H residual: so the new vector and the new direction are both parallel
-        to `product`, and neither s nor H y is needed.
+        With s = -H (residual before), s - H y is -H residual by the old H: so the new vector and the new direction are
+        both parallel to that, and neither s nor H y is needed.
         """
-        dot = torch.linalg.vecdot
-        count, before = state.count, state.residual
-        y = torch.sub(residual, before, out=state.right.select(1, count))  # type: ignore[arg-type]
+        count = state.count
+        y = torch.sub(residual, cast(Tensor, state.residual), out=state.right.select(1, count))
         state.residual = None
-        scale, share = dot(y, y), dot(y, residual)
+        scale, share = _dot(y, y), _dot(y, residual)
+        product = _product(state, residual)
         if self.settings.update != "bad":
             scale, share = self._good(state, y, product, scale, share)
         useless = ~(scale.abs() > 0)[:, None]  # did not move, or isn't finite: this sample keeps its H
@@ -150,22 +150,22 @@ class Broyden(Solver[BroydenSettings]):
         self, state: BroydenState, y: Tensor, product: Tensor, scale: Tensor, share: Tensor
     ) -> tuple[Tensor, Tensor]:
         """v.y and v.residual, with v = H^T s put in y's place, for the samples whose pair suits the good update."""
-        dot = torch.linalg.vecdot
-        step = state.direction if state.length is None else state.length * state.direction
+        direction = cast(Tensor, state.direction)
+        step = direction if state.length is None else state.length * direction
         if self.settings.update == "good":
             chosen = torch.ones_like(scale, dtype=torch.bool)
         else:
-            chosen = scale > STRETCH * dot(step, step)
+            chosen = scale > STRETCH * _dot(step, step)
             if not _some(chosen):
                 return scale, share
         count = state.count
-        v = -step
+        v, only = y.unsqueeze(1), chosen.to(y.dtype)[:, None]
+        y.masked_fill_(chosen[:, None], 0.0).addcmul_(step, only, value=-1)
         if count:
-            weights = torch.bmm(step[:, None], state.left.narrow(1, 0, count).mT)
-            v = torch.baddbmm(v[:, None], weights, state.right.narrow(1, 0, count))[:, 0]
-        seen = dot(step, product)
-        y.copy_(torch.where(chosen[:, None], v, y))
-        return torch.where(chosen, seen + dot(step, state.direction), scale), torch.where(chosen, seen, share)
+            weights = torch.bmm(step.unsqueeze(1), state.left.narrow(1, 0, count).mT).mul_(only[:, :, None])
+            v.baddbmm_(weights, state.right.narrow(1, 0, count))
+        seen = _dot(step, product)
+        return torch.where(chosen, seen + _dot(step, direction), scale), torch.where(chosen, seen, share)
 
     def _search(self, problem: Problem, z: Tensor, residual: Tensor, direction: Tensor, state: BroydenState) -> Step:
         """Per sample, the first of the steps 1, 1/2, 1/4 ... whose residual falls; otherwise the shortest."""
@@ -188,6 +188,15 @@ class Broyden(Solver[BroydenSettings]):
 
     def inverse(self, state: BroydenState) -> Callable[[Tensor], Tensor]:
         return lambda x: -_product(state, x)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """(B,) products of rows; of large states piece by piece, so that no state of products is made."""
+    if a.numel() < LARGE_STATE:
+        return torch.linalg.vecdot(a, b)
+    size = -(-a.shape[1] // PARTS)
+    pieces = zip(a.split(size, 1), b.split(size, 1), strict=True)
+    return torch.stack([torch.linalg.vecdot(*pair) for pair in pieces]).sum(0)
 
 
 def _some(rows: Tensor) -> bool:
@@ -228,11 +237,10 @@ def _cut(state: BroydenState, keep: int) -> None:
     turn = torch.cholesky_solve(cross * size[:, :, None], factor) * size[:, :, None]
     usable = (info == 0) & torch.isfinite(turn).all(-1).all(-1)
     turn = torch.where(usable[:, None, None], turn, 0.0)
-    for start in range(0, right.shape[2], CHUNK):
-        part = state.left[:, :count, start : start + CHUNK]
-        part[:, :keep] = torch.bmm(turn, part)
-        part = state.right[:, :count, start : start + CHUNK]
-        part[:, :keep] = part[:, count - keep :].clone()
+    size = -(-right.shape[2] // (PARTS * count)) if right[:, 0].numel() >= LARGE_STATE else right.shape[2]
+    for left, right in zip(state.left[:, :count].split(size, 2), right.split(size, 2), strict=True):
+        left[:, :keep] = torch.bmm(turn, left)
+        right[:, :keep] = right[:, count - keep :].clone()
     state.count = keep
 
 
