@@ -64,10 +64,17 @@ _copies: WeakKeyDictionary[Any, dict[FunctionType, FunctionType]] = WeakKeyDicti
 
 def _breaks(function: F) -> F:
     """Have dynamo break the graph at this function; it is called with what dynamo had in force still there."""
+    disable: Any = torch.compiler.disable
     try:
-        return torch.compiler.disable(function, recursive=False, reason=REASON)
+        return disable(function, recursive=False, reason=REASON)
     except TypeError:  # before torch 2.7 no reason can be given
-        return torch.compiler.disable(function, recursive=False)
+        return disable(function, recursive=False)
+
+
+def _uncompiled(function: F) -> F:
+    """Keep dynamo out of this function and all that it calls."""
+    disable: Any = torch.compiler.disable
+    return disable(function)
 
 
 class Call(NamedTuple):
@@ -344,7 +351,7 @@ def _copy_for(fn: Callable[..., Any], run: FunctionType) -> Callable[..., Any]:
     return copies[run]
 
 
-@torch.compiler.disable
+@_uncompiled
 def _plainly(callback: Any, run: Callable[..., Any], fn: Callable[..., Any], args: Any, options: Any) -> Any:
     return run(_Compiled(fn, callback), *args, **options)
 
@@ -359,7 +366,7 @@ def _solve_in(scope: SolveScope, deq: DEQ, given: Call, steps: int, fz: Tensor) 
     return _evaluate(scope, _solve, deq, given, steps, fz)
 
 
-@torch.compiler.disable
+@_uncompiled
 def _attached(callback: Any, deq: DEQ, given: Call, steps: int) -> tuple[list[Any], Solution]:
     from .deq import _Call  # pyright: ignore[reportPrivateUsage]
 

@@ -56,6 +56,9 @@ class DEQConfig(BaseSettings):
     regularizers: tuple[RegularizerChoice, ...] = Field((), description="penalties for info['regularization']")
     on_failure: OnFailure = Field("warn", description="what a solve that misses its tolerance does")
     batch_dims: int = Field(1, ge=0, description="leading dimensions that count equilibria; 0: the whole state is one")
+    compact: bool = Field(
+        False, description="finished samples leave the batch: rows are independent, and args has f's batched tensors"
+    )
     check_every: int = Field(1, ge=1, description="judge every k-th step; no device sync between")
     keep_trace: bool = Field(True, description="keep the residuals of all steps in info")
     keep_state: bool = Field(False, description="keep the solver's state in info, for warm starts")

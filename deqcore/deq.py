@@ -57,6 +57,23 @@ class DEQ(nn.Module):
         self.gradients = [*self._before(last), last]
         self.regularizers: list[Regularizer[Any]] = [registry.create("regularizers", r) for r in config.regularizers]
         self._solvers: dict[str, Solver[Any]] = {}
+        self._check_compact()
+
+    def _check_compact(self) -> None:
+        """Refuse compact=True where it can't be had."""
+        config, kind = self.config, type(self.solver)
+        if not config.compact:
+            return
+        if config.batch_dims != 1:
+            raise ConfigError(
+                "compact=True needs batch_dims=1, one equilibrium a row of the batch; "
+                f"got batch_dims={config.batch_dims}."
+            )
+        if kind.solve is not Solver.solve or not kind.monitored:
+            raise ConfigError(
+                f"compact=True needs a solver that is judged at every step; {config.solver.name!r} is not. Pick "
+                "another, or set compact=False."
+            )
 
     def _before(self, last: GradientBackend[Any]) -> list[GradientBackend[Any]]:
         """Backends of the states before the last one."""
@@ -146,7 +163,7 @@ class DEQ(nn.Module):
             spec = cast(StateSpec, problem.spec)
             z_out = [spec.output(state) for state in states]
         info["nfe"] = problem.nfe
-        info["sample_nfe"] = torch.full((spec.batch,), problem.nfe, device=spec.device)
+        info["sample_nfe"] = problem.sample_nfe().to(spec.device)
         info["nvjp"], info["njvp"] = problem.nvjp, problem.njvp
         return z_out, info
 
@@ -287,6 +304,7 @@ class _Call:
                 z,
                 sample_at=sample_at,
                 check_every=config.check_every,
+                compact=config.compact,
                 keep_trace=config.keep_trace,
                 keep_state=config.keep_state,
                 warm_state=self.warm_state,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, ConfigTypeError, FunctionError
-from .scope import current_scope
+from .scope import SolveScope, current_scope
 
 __all__ = [
     "VariationalDropToken1d",
@@ -65,11 +65,20 @@ class VariationalDropout(nn.Module):
             return x
         scope = current_scope()
         if scope is not None:
-            return x * scope.once((self, shape, x.dtype, x.device), lambda: self.reset_mask(x))
+            return x * self._mask_of(scope, shape, x)
         mask = self.mask
         if mask is None or not self._fits(mask, shape, x):
             mask = self.reset_mask(x)
         return x * mask
+
+    def _mask_of(self, scope: SolveScope, shape: tuple[int, ...], x: Tensor) -> Tensor:
+        """The solve's mask for `x`; where finished samples have left the batch, that of those that are still there."""
+        if scope.rows is None or x.shape[0] != len(scope.rows[0]):
+            return scope.once((self, shape, x.dtype, x.device), lambda: self.reset_mask(x))
+        rows, batch = scope.rows
+        whole = x[:1].expand(batch, *x.shape[1:])
+        mask: Tensor = scope.once((self, self.mask_shape(whole), x.dtype, x.device), lambda: self.reset_mask(whole))
+        return mask[rows.to(mask.device)] if mask.shape[0] == batch else mask
 
     def mask_shape(self, x: Tensor) -> tuple[int, ...]:
         """Shape of the mask for `x`."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .compact import Compaction
 from .interfaces import LinearSolver, Solver
 from .monitor import Monitor
 from .problem import Problem
@@ -39,6 +40,7 @@ class Options(NamedTuple):
     keep_state: bool = False
     warm_state: Any = None
     callback: Callback | None = None
+    compact: bool = False
 
 
 def iterate(
@@ -63,6 +65,7 @@ def iterate(
         warm_state: solver state of an earlier solve to resume from.
         callback: called as callback(step, z, residual) after each check, residual of shape (B,); ends the run by
             returning True.
+        compact: have finished samples leave the batch; see :class:`deqcore.DEQ`.
 
     Returns:
         the solution, whose residual is that of the state it holds, and the sampled states.
@@ -96,6 +99,7 @@ class _Loop:
         if type(solver).solve not in (Solver.solve, LinearSolver.solve):
             return self._own_loop(z)
         monitor.recovers = solver.monitored
+        self.compaction: Compaction | None = None
         self.samples: list[Tensor] = []
         step, z, state = self._steps(z, problem(z) if fz is None else fz)
         return self._result(step, z, state, start)
@@ -106,6 +110,7 @@ class _Loop:
         No name outlives its step here: states may be large.
         """
         solver, problem, settings, monitor = self.solver, self.problem, self.settings, self.monitor
+        compact = self.options.compact and isinstance(monitor, Monitor) and not settings.return_final
         k, stop = 0, False
         if solver.monitored:
             z, fz, stop = monitor.judge(0, z, cast(Tensor, fz))
@@ -136,6 +141,9 @@ class _Loop:
                 elif check_every > 1 and monitor.strikes is not strikes:  # NaN may have got into the history unseen
                     state = solver.init(problem, z, fz)
                 stop = self._tell(k, z, stop)
+                if compact and not stop:
+                    z, fz, state = self._drop_finished(k, z, fz, state)
+                    monitor = self.monitor
         if not k and not solver.monitored:  # the budget is spent already
             z, fz, _ = monitor.judge(0, z, cast(Tensor, fz))
         return k, z, state
@@ -147,14 +155,37 @@ class _Loop:
         kept = deepcopy(self.options.warm_state)  # the solution that it comes from may be used again
         return self.solver.resume(self.problem, z, fz, kept)
 
+    def _drop_finished(self, k: int, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
+        """Have finished samples leave the batch. Returns what is left of the state, of f there, and of the solver's."""
+        monitor = cast(Monitor, self.monitor)
+        monitor.apart = True
+        leave = monitor.leavers(k)
+        if leave is None or bool(leave.all()):
+            return z, fz, state
+        books = self.compaction or Compaction(monitor, z)
+        if not books.worth(leave):
+            return z, fz, state
+        keep = (~leave).nonzero()[:, 0]
+        self.problem.narrow(keep, z, fz)
+        self.compaction = books
+        books.drop(monitor, leave)
+        self.monitor = monitor.narrowed(keep)
+        there = keep.to(z.device)
+        return z[there], fz[there], self.solver.select(state, there)
+
     def _tell(self, k: int, z: Tensor, stop: bool) -> bool:
         """Hand the state judged to who asked for it; whether to stop."""
         callback, monitor = self.options.callback, self.monitor
         if k in self.options.sample_at and not stop:
-            self.samples.append(z if self._keeps_last() else monitor.best())
+            self.samples.append(self._whole(z if self._keeps_last() else monitor.best()))
         if callback is None:
             return stop
-        return callback(k, z, monitor.residual().to(z)) is True or stop
+        residual = monitor.residual() if self.compaction is None else self.compaction.residuals(cast(Monitor, monitor))
+        return callback(k, self._whole(z), residual.to(z)) is True or stop
+
+    def _whole(self, z: Tensor) -> Tensor:
+        """The state of all samples, whoever has left."""
+        return z if self.compaction is None else self.compaction.whole(z)
 
     def _keeps_last(self) -> bool:
         return self.settings.return_final or not self.solver.monitored
@@ -164,12 +195,17 @@ class _Loop:
         if solver.estimates and monitor.final is None:
             z = monitor.best()
             z, _, _ = monitor.judge_again(step, z, self.problem(z))
-        solution = monitor.finish(z, step, self._keeps_last())
+        self.problem.widen()
+        if self.compaction is None:
+            solution = monitor.finish(z, step, self._keeps_last())
+        else:
+            solution = self.compaction.finish(cast(Monitor, monitor), z, step, self._keeps_last())
+            solution["sample_nfe"] = self.problem.sample_nfe().to(z.device)
         if solution["z"].untyped_storage().data_ptr() == start.untyped_storage().data_ptr():
             solution["z"] = solution["z"].clone()  # the start, or a view of it that f gave back
         if not solver.monitored:
             solution.accepted = (Status.MAX_STEPS, Status.STALLED)
-        if self.options.keep_state:
+        if self.options.keep_state and self.compaction is None:  # the state of a part is of no use
             solution.solver_state = state
         if state is not None:
             solution.update(solver.notes(state))

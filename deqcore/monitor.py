@@ -58,6 +58,7 @@ class Monitor:
         self.near = math.inf  # worst residual above its tolerance from which on a closer look is worth it
         self.low: Any = None  # lowest residuals, kept from where it came near
         self.improved: tuple[Tensor, Tensor] | None = None  # lowest residuals, and the steps of the last improvements
+        self.apart = False  # samples are known not to depend on each other
         self.coupled = False  # rows of a composed state turned out to depend on each other
         self.strikes: Tensor | None = None
         self.frozen: Tensor | None = None
@@ -136,6 +137,9 @@ class Monitor:
             return True
         lowest = self.journal.lowest()
         if not self.coupled and bool((done | (lowest <= limit)).all()):
+            if self.apart:
+                self.final = self.journal.best()
+                return True
             if self._confirm(self.journal.best()):
                 return True
             self.coupled, self.composed = True, []
@@ -200,7 +204,7 @@ class Monitor:
         residual, size = (left.rows.from64(part[keep]) for part in best.to64(self.rows))
         head = Best(z, residual, size, best.steps(best.z.shape[0])[keep])
         left.journal = Journal(left.rows, tolerance, head, self.keep_trace)
-        left.first, left.start, left.recovers = self.first, self.start, self.recovers
+        left.first, left.start, left.recovers, left.apart = self.first, self.start, self.recovers, self.apart
         if self.improved is not None:
             left.improved = self.improved[0][keep], self.improved[1][keep]
         if self.strikes is not None:
@@ -248,7 +252,7 @@ class Monitor:
         if keep_last or self.settings.return_final:
             return last
         best = journal.best()
-        if isinstance(best.step, int):
+        if isinstance(best.step, int) or self.apart:
             return best
         if self.coupled:
             return journal.common([last])

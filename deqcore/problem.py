@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .errors import FunctionError
+from .part import Part
 from .state import StateSpec
 
 __all__ = ["LinearProblem", "Linearization", "Problem"]
@@ -34,14 +36,18 @@ class Problem:
         njvp: products with the Jacobian so far.
         fn: the user's function, for a method that needs more of it than values; None where there is none.
         args: its further arguments.
+        call: f on packed states, not counted.
     """
 
     fn: Callable[..., Any] | None = None
     args: tuple[Any, ...] = ()
+    #: The autocast dtype that f is called under, if any.
+    autocast: torch.dtype | None = None
 
     def __init__(self, call: Callable[[Tensor], Tensor], spec: StateSpec | None = None, eps: float = 0.0) -> None:
-        self._call = call
+        self.call = call
         self._eps = eps
+        self._part: Part | None = None
         self.spec = spec
         self.nfe = 0
         self.nvjp = 0
@@ -50,19 +56,53 @@ class Problem:
     @classmethod
     def of(cls, fn: Callable[..., Any], spec: StateSpec, args: tuple[Any, ...] = ()) -> Problem:
         """The problem of the user's `fn`, called with the state as the user wrote it, under the present autocast."""
-        call, device = spec.wrap(fn, args), spec.device.type
-        if not torch.is_autocast_enabled(device):
-            problem = cls(call, spec)
-        else:
-            dtype = torch.get_autocast_dtype(device)
-            problem = cls(_under_autocast(call, device, dtype), spec, eps=_noise(torch.finfo(dtype).eps))
-        problem.fn, problem.args = fn, args
+        device = spec.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        problem = cls(_never, spec, eps=0.0 if autocast is None else _noise(torch.finfo(autocast).eps))
+        problem.fn, problem.args, problem.autocast = fn, args, autocast
+        problem.call = problem.bind(spec, args)
         return problem
+
+    def bind(self, spec: StateSpec, args: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:
+        """The user's function with these further arguments, on packed states of `spec`."""
+        call = spec.wrap(self.fn or _never, args)
+        return call if self.autocast is None else _under_autocast(call, spec.device.type, self.autocast)
 
     def __call__(self, z: Tensor) -> Tensor:
         """f(z), shape (batch, features)."""
         self.nfe += 1
-        return self._call(z)
+        return self.call(z)
+
+    # ---- a part of the batch
+
+    def narrow(self, keep: Tensor, z: Tensor, fz: Tensor) -> None:
+        """From now on, have f called for the samples `keep` of the present ones only, until :meth:`widen`.
+
+        The first time, f is called for one sample alone, and must give what it gave in the batch.
+
+        Args:
+            keep: int64, on the CPU.
+            z, fz: a state of the present samples, and f there.
+
+        Raises:
+            FunctionError: f gives a sample another value without the others, or doesn't take a part of the batch.
+        """
+        if self.spec is None or self.fn is None:
+            raise FunctionError("this problem can't be narrowed: it was not made of a function and its batched args.")
+        if self._part is None:
+            self._part = Part(self, self.spec.batch)
+            self._part.probe(keep[:1], z, fz)
+        self._part.select(keep)
+
+    def widen(self) -> None:
+        """Have f called for all samples again."""
+        if self._part is not None:
+            self._part.select(None)
+
+    def sample_nfe(self) -> Tensor:
+        """(B,) int64, evaluations of f in which each sample took part."""
+        batch = self.spec.batch if self.spec is not None else 1
+        return torch.full((batch,), self.nfe) if self._part is None else self._part.counted()
 
     @property
     def work(self) -> int:
@@ -90,7 +130,7 @@ class Problem:
         """
         self.njvp += 1
         with forward_ad.dual_level():
-            dual = self._call(forward_ad.make_dual(z.detach(), tangent))
+            dual = self.call(forward_ad.make_dual(z.detach(), tangent))
             product = forward_ad.unpack_dual(dual).tangent
         return torch.zeros_like(tangent) if product is None else product.detach()
 
@@ -99,6 +139,10 @@ class Problem:
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             return Linearization(self, z, self(z))
+
+
+def _never(*args: Any) -> Any:
+    raise FunctionError("this problem has no function.")
 
 
 def _noise(eps: float) -> float:

@@ -91,17 +91,16 @@ def _norms(z: Tensor, settings: SolverSettings) -> Measure:
     if z.numel() < LARGE_STATE:
         return lambda z, fz: (vector_norm(fz - z, order, 1), vector_norm(fz, order, 1))
     places: list[Tensor] = []
-    part = z.shape[0] if z.numel() < HUGE_STATE else -(-z.shape[0] // PARTS)
+    part = z.shape[1] if z.numel() < HUGE_STATE else -(-z.shape[1] // PARTS)
 
     def into_place(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
         if not places:
             places.extend(z.new_empty(2 * PLACES, z.shape[0]).unbind())
         first, second = places.pop(), places.pop()
-        if part == z.shape[0]:
+        if part == z.shape[1]:
             return vector_norm(fz - z, order, 1, out=first), vector_norm(fz, order, 1, out=second)
-        for into, a, b in zip(first.split(part), fz.split(part), z.split(part), strict=True):
-            vector_norm(a - b, order, 1, out=into)
-        return first, vector_norm(fz, order, 1, out=second)
+        pieces = [vector_norm(a - b, order, 1) for a, b in zip(fz.split(part, 1), z.split(part, 1), strict=True)]
+        return vector_norm(torch.stack(pieces), order, 0, out=first), vector_norm(fz, order, 1, out=second)
 
     return into_place
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any
@@ -24,6 +25,8 @@ class SolveScope:
 
     def __init__(self) -> None:
         self._made: dict[Hashable, Any] = {}
+        #: Samples that f is being called for, of how many; None for all. What is made once a solve is made for all.
+        self.rows: tuple[torch.Tensor, int] | None = None
         self._grad = torch.is_grad_enabled()
         self._tokens: list[Token[SolveScope | None]] = []
 
@@ -35,6 +38,18 @@ class SolveScope:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         _current.reset(self._tokens.pop())
+
+    @contextmanager
+    def narrowed(self, rows: torch.Tensor, batch: int) -> Generator[None]:
+        """f is called for these samples of `batch` only; inside another such call, for these of those."""
+        outer = self.rows
+        if outer is not None and len(outer[0]) == batch:
+            rows, batch = outer[0][rows], outer[1]
+        self.rows = rows, batch
+        try:
+            yield
+        finally:
+            self.rows = outer
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returned for `key` the first time; it runs with the grad mode in which the scope was made."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ MUST = "f must return the same structure, shapes, device and kind of dtype as it
 def _like(tree: Any) -> Any:
     """Lists and tuples of states are one structure: TorchDEQ programs return either."""
     return tuple(tree) if type(tree) in (list, tuple) else tree
+
 
 #: How many specs of single tensors are remembered.
 SPECS_KEPT = 256
@@ -138,6 +140,13 @@ class StateSpec:
             raise StateError(
                 f"the parts of z0 are on different devices: {', '.join(sorted(devices))}. Move them to one."
             )
+
+    def select(self, batch: int) -> StateSpec:
+        """The spec of `batch` of the samples; for states with one batch dimension."""
+        chosen = copy(self)
+        chosen.shapes = [torch.Size((batch, *shape[1:])) for shape in self.shapes]
+        chosen.batch_shape, chosen.batch = torch.Size((batch,)), batch
+        return chosen
 
     # ---- packing
 

@@ -72,7 +72,7 @@ def inputs(batch=6, features=8, dtype=F64, seed=1):
     return torch.randn(batch, features, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
 
 
-def config(solver, gradient="phantom", tol=0.0, max_iter=4, **settings):
+def config(solver, gradient="phantom", tol=0.0, max_iter=3, **settings):
     return {"solver": {"name": solver, "tol": tol, "max_iter": max_iter, **settings}, "gradient": gradient}
 
 
@@ -120,15 +120,16 @@ def breaks():
 # ---- one graph
 
 
-@pytest.mark.parametrize("mode", ["train", "eval", "no_grad"])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    ("solver", "mode"), [*((solver, mode) for solver in SOLVERS for mode in ("train", "no_grad")), ("anderson", "eval")]
+)
 def test_a_fixed_number_of_steps_is_one_graph(solver, mode):
     model = Model(**config(solver))
     model.train(mode == "train")
     with torch.set_grad_enabled(mode != "no_grad"):
         graphs, info = compare(model, inputs(), fullgraph=True)
     assert len(graphs.found) == 1 and breaks() == 0
-    assert info["abs_trace"].shape == (6, 5) and info["steps"].tolist() == [4] * 6
+    assert info["abs_trace"].shape == (6, 4) and info["steps"].tolist() == [3] * 6
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -148,16 +149,15 @@ def test_implicit_without_grad_is_one_graph():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"residual_norm": "max"}, {"residual_norm": "rms"}, {"return_final": True}, {"max_nfe": 3}],
-    ids=lambda settings: next(iter(settings)),
+    [{"residual_norm": "max", "max_nfe": 2}, {"residual_norm": "rms", "return_final": True}],
+    ids=lambda settings: settings["residual_norm"],
 )
 def test_solver_settings_in_the_graph(settings):
     compare(Model(**config("fixed_point_iter", **settings)), inputs(), fullgraph=True)
 
 
-@pytest.mark.parametrize("options", [{"check_every": 3}, {"keep_trace": False}], ids=lambda o: next(iter(o)))
-def test_kernel_settings_in_the_graph(options):
-    compare(Model(**config("fixed_point_iter"), **options), inputs(), fullgraph=True)
+def test_kernel_settings_in_the_graph():
+    compare(Model(**config("fixed_point_iter"), check_every=2, keep_trace=False), inputs(), fullgraph=True)
 
 
 def test_a_solver_that_looks_at_nothing_is_one_graph_whatever_its_tolerance():
@@ -245,7 +245,7 @@ def test_f_that_works_in_place_does_no_harm():
 def test_batch_sizes_share_a_graph():
     model = Model(**config("anderson"))
     run, graphs = compiled(model, fullgraph=True)
-    for batch in (6, 5, 9, 3, 14):
+    for batch in (6, 5, 9, 3):
         x = inputs(batch)
         torch.testing.assert_close(run(x)[0], model(x)[0], atol=1e-12, rtol=0)
     assert len(graphs.found) <= 2  # one for the first size, one for any other
@@ -297,19 +297,18 @@ def test_the_number_of_breaks_that_dynamo_tells():
     assert told.graph_break_count < len(info["abs_trace"][0])
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_training_implicitly_with_a_fixed_number_of_steps_breaks_once(mode):
-    model = Model(**config("anderson", "implicit")).train(mode == "train")
+def test_training_implicitly_with_a_fixed_number_of_steps_breaks_once():
+    model = Model(**config("anderson", "implicit"))
     graphs, _ = compare(model, inputs())
     assert len(torch._dynamo.utils.counters["graph_break"]) == 1  # reasons; every frame on the way counts it
     tanh = [sum(node.target is torch.tanh for node in g.graph.nodes) for g in graphs.found]
-    assert sorted(tanh) == [0, 1, 4]  # what is before the solve, f for the gradient, the solve
+    assert sorted(tanh) == [0, 1, 3]  # what is before the solve, f for the gradient, the solve
 
 
 def test_batch_sizes_with_a_stop_test():
     model = Model(**config("anderson", "implicit", tol=1e-8, max_iter=60))
     run, graphs = compiled(model)
-    for batch in (6, 5, 9, 3, 14):
+    for batch in (6, 5, 9, 3):
         x = inputs(batch)
         torch.testing.assert_close(run(x)[0], model(x)[0], atol=1e-12, rtol=0)
     assert len(graphs.with_call(torch.tanh)) <= 4  # two sorts of sizes, with and without grad
@@ -435,9 +434,9 @@ def test_other_configurations_run_beside_the_graph(options):
 def test_options_of_a_call_run_beside_the_graph():
     deq, x, seen = get_deq(**config("fixed_point_iter"), on_failure="ignore"), inputs(), []
     run, _ = compiled(lambda x, **options: deq(half, x, **options))
-    assert run(x, callback=lambda k, z, r: seen.append(k))[1]["nfe"] == 6
-    assert seen == [1, 2, 3, 4]
-    assert run(x, solver_kwargs={"tol": 1.0})[1]["nfe"] < 6
+    assert run(x, callback=lambda k, z, r: seen.append(k))[1]["nfe"] == 5
+    assert seen == [1, 2, 3]
+    assert run(x, solver_kwargs={"tol": 1.0})[1]["nfe"] < 5
     assert run(x, solver_kwargs={"max_iter": 0})[1]["status"].tolist() == [6] * 6
     warm = run(x)[1]
     assert bool((run(x, warm_start=warm)[1]["abs_lowest"] <= warm["abs_lowest"]).all())

@@ -1,0 +1,102 @@
+"""A problem whose f is called for a part of the batch only, because the other samples are finished."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .errors import FunctionError
+from .scope import current_scope
+
+if TYPE_CHECKING:
+    from .problem import Problem
+
+__all__ = ["Part"]
+
+#: What a user can do about an f that doesn't suit compaction.
+REMEDY = (
+    "With compact=True, f is called for the unfinished samples only. Give f's batched tensors by "
+    "deq(fn, z0, args=(x, ...)), whose tensors of the batch's size are taken to be batched; keep other tensors of that "
+    "size in fn itself; make f treat samples alike and apart (no batch statistics); or set compact=False."
+)
+
+
+class Part:
+    """Which samples are there, and what the whole was.
+
+    Args:
+        problem: the problem, with all samples.
+        batch: how many these are.
+    """
+
+    def __init__(self, problem: Problem, batch: int) -> None:
+        self.problem = problem
+        self.batch = batch
+        self.whole = problem.spec, problem.args, problem.call
+        self.rows: Tensor | None = None  # of the whole batch, on the CPU
+        self.counts = torch.zeros(batch, dtype=torch.int64)
+        self.since = 0  # evaluations that are in the counts
+
+    def select(self, keep: Tensor | None) -> None:
+        """Go on with the samples `keep` of the present ones, or with all again."""
+        self._count()
+        spec, args, call = self.whole
+        problem = self.problem
+        if keep is None:
+            self.rows, problem.spec, problem.args, problem.call = None, spec, args, call
+            return
+        self.rows = keep if self.rows is None else self.rows[keep]
+        problem.spec, problem.args = spec.select(len(self.rows)), self._args(self.rows)  # type: ignore[union-attr]
+        problem.call = self._calling(self.rows)
+
+    def probe(self, row: Tensor, z: Tensor, fz: Tensor) -> None:
+        """Call f for one sample alone, and see that it gives what it gave in the batch."""
+        try:
+            alone = self._calling(row)(z[row.to(z.device)])
+        except (RuntimeError, IndexError, FunctionError) as error:
+            raise FunctionError(f"f can't be called for a part of the batch: {error}. {REMEDY}") from error
+        self.problem.nfe += 1
+        self.counts[row] += 1
+        self.since += 1
+        before = fz[row.to(fz.device)]
+        norm = torch.linalg.vector_norm
+        allowed = self.problem.eps(z) ** 0.5 * (norm(before) + norm(z[row.to(z.device)]))
+        if not bool(norm(alone - before) <= allowed):
+            raise FunctionError(
+                f"f gives sample {int(row)} another value without the rest of the batch: off by "
+                f"{float(norm(alone - before)):.2g}, of a size of {float(norm(before)):.2g}. {REMEDY}"
+            )
+
+    def counted(self) -> Tensor:
+        """(B,) int64, evaluations of f in which each sample took part."""
+        self._count()
+        return self.counts.clone()
+
+    def _count(self) -> None:
+        new, self.since = self.problem.nfe - self.since, self.problem.nfe
+        if self.rows is None:
+            self.counts += new
+        else:
+            self.counts[self.rows] += new
+
+    def _args(self, rows: Tensor) -> tuple[Any, ...]:
+        def pick(leaf: Tensor) -> Tensor:
+            return leaf[rows.to(leaf.device)] if leaf.dim() and leaf.shape[0] == self.batch else leaf
+
+        return pytree.tree_map_only(Tensor, pick, self.whole[1])
+
+    def _calling(self, rows: Tensor) -> Any:
+        spec = self.whole[0]
+        call = self.problem.bind(spec.select(len(rows)), self._args(rows))  # type: ignore[union-attr]
+        scope = current_scope()
+        if scope is None:
+            return call
+
+        def narrowed(z: Tensor) -> Tensor:
+            with scope.narrowed(rows, self.batch):
+                return call(z)
+
+        return narrowed
