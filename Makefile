@@ -34,7 +34,7 @@ lint: $(STAMPS)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(STAMPS)/dev
+bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
@@ -53,6 +53,11 @@ $(STAMPS)/torch: constraints.txt
 $(STAMPS)/demo: $(STAMPS)/torch pyproject.toml
 	@echo "installing deqcore into $(VENV)"
 	@$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(STAMPS)/bench: $(STAMPS)/dev
+	@echo "installing what the benchmarks compare with into $(VENV)"
+	@$(INSTALL) -e '.[bench]'
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/torch pyproject.toml

@@ -44,6 +44,7 @@ from .hookspecs import hookimpl
 from .interfaces import Core, GradientBackend, LinearSolver, Norm, Plugin, Regularizer, Solver, Step, Stretch
 from .iterate import Run, iterate
 from .legacy import add_deq_args
+from .linear import linear_solve
 from .loss import fp_correction, jac_reg, power_method, register_weight_func
 from .norm import apply_norm, register_norm, register_norm_module, remove_norm, reset_norm
 from .problem import Linearization, LinearProblem, Problem
@@ -135,6 +136,7 @@ __all__ = [
     "hookimpl",
     "iterate",
     "jac_reg",
+    "linear_solve",
     "mem_gc",
     "mixed_init",
     "once",

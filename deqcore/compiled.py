@@ -46,7 +46,7 @@ __all__ = ["Call", "beside", "call"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 #: The scopes that are on in what is being traced, which can't look into a context variable.
-TRACED: list[SolveScope] = getattr(scopes, "traced", [])
+TRACED = scopes.traced
 #: Real dtypes of the parts of complex ones.
 PARTS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 #: Options of a call that set the number of steps.
@@ -116,7 +116,7 @@ def _steps(deq: DEQ, given: Call) -> int | None:
     asks = given.sradius_mode or given.progress or config.keep_state or config.on_failure == "raise"
     if asks or given.warm_start is not None or given.callback is not None:
         return None
-    if solver.estimates or solver.solve is not Solver.solve or not getattr(solver, "traceable", True):
+    if solver.estimates or solver.solve is not Solver.solve or not solver.traceable:
         return None
     if solver.monitored and settings.thresholds() != (0.0, 0.0):
         return None
@@ -298,7 +298,8 @@ class _Compiled:
     """f, which dynamo compiles although nothing is compiled where it is called.
 
     The first evaluation of a solve is a plain one: it makes what the SolveScope keeps (weights, masks), which the
-    graph of the others then takes as inputs.
+    graph of the others then takes as inputs. So are those with grad: a compiled backward can't be differentiated
+    again, and computes the gradients of all parameters with every product J^T u.
 
     Args:
         fn: the user's function.
@@ -311,7 +312,7 @@ class _Compiled:
         self._begun = False
 
     def __call__(self, *args: Any) -> Any:
-        if not self._begun:
+        if not self._begun or torch.is_grad_enabled():
             self._begun = True
             return self._fn(*args)
         return _under(self._callback, _copy_for(self._fn, _evaluate), current_scope(), self._fn, *args)

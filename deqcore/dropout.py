@@ -87,7 +87,7 @@ class VariationalDropout(nn.Module):
     def reset_mask(self, x: Tensor) -> Tensor:
         """Draw a new mask for inputs like `x`, on its device and of its (real) dtype, and return it."""
         keep = 1 - self.dropout
-        mask = torch.empty(self.mask_shape(x), dtype=x.dtype.to_real(), device=x.device).bernoulli_(keep)
+        mask = torch.empty(self.mask_shape(x), dtype=x.real.dtype, device=x.device).bernoulli_(keep)
         self.mask = mask / keep if keep > 0 else mask
         return self.mask
 

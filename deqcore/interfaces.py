@@ -91,6 +91,8 @@ class Solver(Plugin[SolverS]):
     #: False for a method that never looks at residuals before its last step (no statistics, no early stop).
     monitored: ClassVar[bool] = True
     estimates: ClassVar[bool] = False  # see LinearSolver
+    #: False for a method whose step torch.compile can't trace; its solves are run beside the caller's graph.
+    traceable: ClassVar[bool] = True
 
     def init(self, problem: Problem, z: Tensor, fz: Tensor) -> Any:
         """The solver's state before the first step. Default: none."""

@@ -141,7 +141,8 @@ class _Loop:
                 elif check_every > 1 and monitor.strikes is not strikes:  # NaN may have got into the history unseen
                     state = solver.init(problem, z, fz)
                 stop = self._tell(k, z, stop)
-                if compact and not stop:
+                # Only where another step follows (f is called once more for them): what ends the run was judged whole.
+                if compact and not stop and k < last and (budget is None or problem.work + 1 < budget):
                     z, fz, state = self._drop_finished(k, z, fz, state)
                     monitor = self.monitor
         if not k and not solver.monitored:  # the budget is spent already

@@ -136,7 +136,7 @@ class Monitor:
             self.final = now
             return True
         lowest = self.journal.lowest()
-        if not self.coupled and bool((done | (lowest <= limit)).all()):
+        if not self.coupled and bool((done | (lowest <= limit)).all()) and bool((done | self._was_done()).all()):
             if self.apart:
                 self.final = self.journal.best()
                 return True
@@ -147,6 +147,11 @@ class Monitor:
             return True
         gone = self._diverged(residual, lowest, target)
         return bool(gone.any()) and bool((gone | done).all())
+
+    def _was_done(self) -> Tensor:
+        """(B,) bool of samples whose best state is done by its own size, which the last one's may exceed by far."""
+        residual, size = self.journal.best().to64(self.rows)
+        return residual <= self.tolerance.limit(size)
 
     def _diverged(self, residual: Tensor, lowest: Tensor, target: Tensor) -> Tensor:
         # Against the start of all: where f couples rows, one may be still until the others' news arrive.
@@ -189,7 +194,9 @@ class Monitor:
         residual, size = (self.rows.to64(part[-1]) for part in (self.journal.residuals, self.journal.sizes))
         limit, target = self.tolerance.limits(size)
         lowest = self.journal.lowest()
-        leave = torch.minimum(residual, lowest) <= limit
+        leave = residual <= limit
+        if bool(((lowest <= limit) & ~leave).any()):
+            leave = leave | self._was_done()
         leave = leave | self._diverged(residual, lowest, target) | self._stale(step, lowest)
         if self.frozen is not None:
             leave = leave | self.frozen

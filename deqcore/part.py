@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .errors import FunctionError
+from .errors import DEQError, FunctionError
 from .scope import current_scope
 
 if TYPE_CHECKING:
@@ -54,10 +55,7 @@ class Part:
 
     def probe(self, row: Tensor, z: Tensor, fz: Tensor) -> None:
         """Call f for one sample alone, and see that it gives what it gave in the batch."""
-        try:
-            alone = self._calling(row)(z[row.to(z.device)])
-        except (RuntimeError, IndexError, FunctionError) as error:
-            raise FunctionError(f"f can't be called for a part of the batch: {error}. {REMEDY}") from error
+        alone = self._calling(row)(z[row.to(z.device)])
         self.problem.nfe += 1
         self.counts[row] += 1
         self.since += 1
@@ -92,11 +90,17 @@ class Part:
         spec = self.whole[0]
         call = self.problem.bind(spec.select(len(rows)), self._args(rows))  # type: ignore[union-attr]
         scope = current_scope()
-        if scope is None:
-            return call
 
         def narrowed(z: Tensor) -> Tensor:
-            with scope.narrowed(rows, self.batch):
-                return call(z)
+            try:
+                with scope.narrowed(rows, self.batch) if scope is not None else nullcontext():
+                    return call(z)
+            except Exception as error:
+                ours = isinstance(error, DEQError) and not isinstance(error, FunctionError)
+                if ours or isinstance(error, (NotImplementedError, torch.OutOfMemoryError)):  # no derivative, no room
+                    raise
+                raise FunctionError(
+                    f"f can't be called for {len(rows)} of {self.batch} samples: {error}. {REMEDY}"
+                ) from error
 
         return narrowed

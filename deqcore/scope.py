@@ -13,6 +13,8 @@ import torch
 __all__ = ["SolveScope", "current_scope", "once"]
 
 _current: ContextVar[SolveScope | None] = ContextVar("deqcore_scope", default=None)
+#: The scopes that are on in what torch.compile is tracing (see compiled.py), which can't look into a context variable.
+traced: list[SolveScope] = []
 
 
 class SolveScope:
@@ -61,10 +63,12 @@ class SolveScope:
 
 def current_scope() -> SolveScope | None:
     """The scope of the solve that is on in this thread, or None."""
+    if torch.compiler.is_compiling():
+        return traced[-1] if traced else None
     return _current.get()
 
 
 def once(key: Hashable, make: Callable[[], Any]) -> Any:
     """`make()`, once a solve; every time outside of one."""
-    scope = _current.get()
+    scope = current_scope()
     return make() if scope is None else scope.once(key, make)

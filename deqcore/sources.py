@@ -161,7 +161,7 @@ def _fits(layer: Layer, name: str, value: Any, kind: str) -> bool:
         item in known or (name == "norm" and item == "none") for item in named
     ):
         return True
-    close = "".join(suggest(item, known) for item in named)
+    close = "".join(suggest(item, known, cutoff=0.7) for item in named)  # a program may have a solver="adam"
     if close:
         warnings.warn(
             f"the {kind}'s {name}={value!r} names nothing installed and was taken for the program's own.{close}",

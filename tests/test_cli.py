@@ -51,7 +51,22 @@ def deqcore_command():
 """
 COMMANDS = "deqcore.commands"
 BUILTINS = {
-    "solvers": ["anderson", "broyden", "fixed_point_iter", "simple_fixed_point_iter"],
+    "solvers": [
+        "aitken",
+        "anderson",
+        "auto",
+        "broyden",
+        "chord",
+        "damped",
+        "fixed_point_iter",
+        "forward_backward",
+        "newton",
+        "newton_krylov",
+        "peaceman_rachford",
+        "pseudo_transient",
+        "simple_fixed_point_iter",
+    ],
+    "linear_solvers": ["bicgstab", "cg", "dense", "gmres", "neumann"],
     "gradients": ["implicit", "phantom"],
     "cores": ["indexing", "sliced"],
     "norms": ["spectral_norm", "weight_norm"],
@@ -129,8 +144,8 @@ def test_list_takes_a_kind_in_singular_and_plural(listed, spelling):
 
 
 def test_list_of_an_empty_kind(run, listed):
-    assert listed("linear-solver") == {}
-    assert run("plugins", "list", "linear_solvers") == (0, "No linear_solvers installed.\n", "")
+    assert listed("model") == {}
+    assert run("plugins", "list", "models") == (0, "No models installed.\n", "")
 
 
 def test_table_has_all_columns(run, monkeypatch):
@@ -145,7 +160,7 @@ def test_table_has_all_columns(run, monkeypatch):
 
 
 def test_narrow_terminal_loses_no_text(run, listed, site, monkeypatch):
-    site.install("acme", {"acme_bad": EXPLODES}, {"deqcore.solvers": {"newton": "acme_bad"}})
+    site.install("acme", {"acme_bad": EXPLODES}, {"deqcore.solvers": {"gauss": "acme_bad"}})
     rows = listed()
     monkeypatch.setenv("COLUMNS", "60")
     _, out, _ = run("plugins", "list")
@@ -170,9 +185,9 @@ BAD_MODULES = {
 @pytest.mark.parametrize("name", BAD_MODULES)
 def test_a_broken_plugin_is_listed_with_its_cause(listed, site, name):
     source, cause = BAD_MODULES[name]
-    site.solver("acme", "newton", f"acme_{name}", source)
+    site.solver("acme", "gauss", f"acme_{name}", source)
     rows = listed()
-    row = rows.pop(("solvers", "acme", "newton"))
+    row = rows.pop(("solvers", "acme", "gauss"))
     assert row["status"] == "broken"
     assert cause in row["cause"]
     assert row["meaning"] == ""
@@ -181,14 +196,14 @@ def test_a_broken_plugin_is_listed_with_its_cause(listed, site, name):
 
 def test_statuses(listed, site, monkeypatch):
     site.solver("acme", "anderson", "acme_anderson")
-    site.solver("acme2", "newton", "acme_newton")
-    site.solver("rival", "newton", "rival_newton")
+    site.solver("acme2", "gauss", "acme_newton")
+    site.solver("rival", "gauss", "rival_newton")
     site.solver("off", "quiet", "off_quiet", EXPLODES)
     monkeypatch.setenv(DISABLE, "off/*,solver:broyden")
     rows = {(origin, name): row["status"] for (_, origin, name), row in listed("solver").items()}
     assert rows["deqcore", "anderson"] == "ok"
     assert rows["acme", "anderson"] == "shadowed"
-    assert rows["acme2", "newton"] == rows["rival", "newton"] == "clash"
+    assert rows["acme2", "gauss"] == rows["rival", "gauss"] == "clash"
     assert rows["off", "quiet"] == rows["deqcore", "broyden"] == "disabled"
 
 
@@ -264,7 +279,7 @@ def test_show_anderson(run):
         "name": "memory",
         "type": "int >= 1",
         "required": False,
-        "default": 10,
+        "default": 14,
         "aliases": ["m"],
         "meaning": registry.get("solvers", "anderson").settings_type.model_fields["memory"].description,
         "own": True,
@@ -281,7 +296,7 @@ def test_show_as_text(run, monkeypatch):
     assert out.startswith(f"anderson (solver)\ndeqcore {deqcore.__version__}, module deqcore_solvers.anderson\n")
     assert "Walker and Ni" in out
     memory = next(line for line in out.splitlines() if line.startswith("memory "))
-    assert memory.split()[:6] == ["memory", "int", ">=", "1", "10", "m"]
+    assert memory.split()[:6] == ["memory", "int", ">=", "1", "14", "m"]
     assert "    z <- f(z)" in out, "formulas keep their lines"
 
 
@@ -345,12 +360,12 @@ def test_deqcore_errors_are_one_line_and_exit_2(run, arguments, said):
 
 
 def test_show_a_broken_and_a_disabled_plugin(run, site, monkeypatch):
-    site.solver("acme", "newton", "acme_newton", "raise RuntimeError('line one\\nline two')")
-    text = refused(run("plugins", "show", "solver", "newton"))
+    site.solver("acme", "gauss", "acme_newton", "raise RuntimeError('line one\\nline two')")
+    text = refused(run("plugins", "show", "solver", "gauss"))
     assert "line one line two" in text
     assert "acme 1.2.3" in text
     monkeypatch.setenv(DISABLE, "acme/*")
-    assert DISABLE in refused(run("plugins", "show", "solver", "newton"))
+    assert DISABLE in refused(run("plugins", "show", "solver", "gauss"))
 
 
 @pytest.mark.parametrize("arguments", [["plugins", "list", "--frob"], ["plugins", "show"], ["--frob"]])

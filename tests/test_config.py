@@ -220,7 +220,7 @@ def test_a_nested_choice_without_a_name_refines_the_default():
     assert refined == default.model_copy(update={"max_iter": 7})
     relative = load(gradient={"name": "implicit", "solver": {"rtol": 1e-9}}).gradient.solver
     assert relative.thresholds() == (0.0, 1e-9)
-    assert relative.memory == default.memory
+    assert relative.restart == default.restart
 
 
 def test_one_regularizer_may_stand_alone():
@@ -269,7 +269,7 @@ def test_the_environment(monkeypatch):
         "DEQCORE_SOLVER__MEMORY": "8",
         "DEQCORE_F_MAX_ITER": "50",
         "DEQCORE_IFT": "True",
-        "DEQCORE_GRADIENT__SOLVER__LBFGS_THRES": "9",
+        "DEQCORE_GRADIENT__SOLVER__RESTART": "9",
         "DEQCORE_BATCH_DIMS": "2",
         "DEQCORE_REGULARIZERS": '[{name = "jacobian", weight = 0.5}]',
         "DEQCORE_INDEXING": "[3, 5]",
@@ -280,7 +280,7 @@ def test_the_environment(monkeypatch):
         monkeypatch.setenv(variable, text)
     assert load() == DEQConfig(
         solver={"name": "anderson", "memory": 8, "max_iter": 50},
-        gradient={"name": "implicit", "solver": {"memory": 9}},
+        gradient={"name": "implicit", "solver": {"restart": 9}},
         batch_dims=2,
         regularizers=[{"name": "jacobian", "weight": 0.5}],
         core={"indexing": [3, 5]},

@@ -61,7 +61,22 @@ def test_provenance(site):
 def test_built_ins_come_through_the_same_index():
     entries = {(entry.kind, entry.name): entry for entry in registry.entries()}
     for kind, names in {
-        "solvers": ["anderson", "broyden", "fixed_point_iter", "simple_fixed_point_iter"],
+        "solvers": [
+            "aitken",
+            "anderson",
+            "auto",
+            "broyden",
+            "chord",
+            "damped",
+            "fixed_point_iter",
+            "forward_backward",
+            "newton",
+            "newton_krylov",
+            "peaceman_rachford",
+            "pseudo_transient",
+            "simple_fixed_point_iter",
+        ],
+        "linear_solvers": ["bicgstab", "cg", "dense", "gmres", "neumann"],
         "gradients": ["implicit", "phantom"],
         "cores": ["indexing", "sliced"],
         "norms": ["spectral_norm", "weight_norm"],
@@ -118,7 +133,7 @@ def test_unknown_name_says_what_is_near_and_what_is_installed():
         registry.get("solvers", "andersen")
     text = str(caught.value)
     assert "no solver named 'andersen'" in text and "Did you mean 'anderson'?" in text
-    assert "Installed: anderson, broyden, fixed_point_iter" in text
+    assert "Installed: aitken, anderson, auto, broyden" in text
     assert isinstance(caught.value, ValueError) and isinstance(caught.value, deqcore.DEQError)
 
 

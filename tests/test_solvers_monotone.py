@@ -333,7 +333,7 @@ def test_an_f_without_parts_is_told_what_is_needed(cls):
     with pytest.raises(
         FunctionError, match=rf"'{name}'.*linear\(z\) -> W z; inject.*f is 'Missing' and lacks inject, prox"
     ):
-        solve(cls(), Missing(), torch.zeros(2, 3))
+        solve(cls(), Missing(), torch.ones(2, 3))
     with pytest.raises(FunctionError, match=r"f is 'function' and lacks linear, inject, prox.*not a lambda around it"):
         solve(cls(), lambda z: 0.5 * z, torch.zeros(2, 3))
     with pytest.raises(FunctionError, match=r"takes a state of one tensor"):

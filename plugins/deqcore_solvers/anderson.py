@@ -119,8 +119,8 @@ class Anderson(Solver[AndersonSettings]):
             state.count, state.last = 0, None
         if state.last is not None:
             slot = state.count % memory
-            newest = torch.sub(residual, state.last[0], out=state.residuals.select(1, slot))
-            torch.sub(fz, state.last[1], out=state.images.select(1, slot))
+            newest = _put(residual, state.last[0], state.residuals.select(1, slot))
+            _put(fz, state.last[1], state.images.select(1, slot))
             state.last = None
             state.count += 1
             self._enter(state, slot, newest)
@@ -165,7 +165,8 @@ class Anderson(Solver[AndersonSettings]):
             weights = torch.cholesky_solve(target.mT, factor)
         weights = weights.mT
         # A sample whose factor broke down (it stopped moving, or its differences are parallel) takes a plain step.
-        if info.device.type != "cpu" or any(info.tolist()):  # to ask another device would be to wait for it
+        # To ask another device would be to wait for it, and a compiler can't be asked at all.
+        if info.device.type != "cpu" or torch.compiler.is_compiling() or any(info.tolist()):
             weights.masked_fill_((info != 0)[:, None, None], 0.0)
         if settings.weight_cap is not None:
             plain = ~(torch.linalg.vector_norm(weights, dim=(1, 2)) <= settings.weight_cap)
@@ -192,6 +193,11 @@ class Anderson(Solver[AndersonSettings]):
         state.accepted = torch.where(rose, torch.inf, norm)
         state.image = torch.where(rose, back, fz)
         return torch.where(rose, back, mixed)
+
+
+def _put(a: Tensor, b: Tensor, place: Tensor) -> Tensor:
+    """Write a - b to `place`, part of a buffer, which torch.compile takes no ``out=`` for."""
+    return place.copy_(a - b) if torch.compiler.is_compiling() else torch.sub(a, b, out=place)
 
 
 def _forget(state: AndersonState, slots: list[int]) -> None:

@@ -85,6 +85,8 @@ class Broyden(Solver[BroydenSettings]):
     Source: Broyden (1965), both updates; choosing between them: Martinez, Numer. Math. 38 (1982).
     """
 
+    traceable: ClassVar[bool] = False
+
     def init(self, problem: Problem, z: Tensor, fz: Tensor) -> BroydenState:
         batch, features = z.shape
         rank = max(2, min(self.settings.memory or self.settings.max_iter, self.settings.max_iter))
@@ -228,8 +230,8 @@ def _recover(state: BroydenState, z: Tensor, residual: Tensor) -> None:
 def _cut(state: BroydenState, keep: int) -> None:
     """Cut H to what it does on the latest `keep` right-hand vectors; across them it is -I."""
     count = state.count
-    right = state.right[:, :count]
-    cross = torch.bmm(right[:, count - keep :], right.mT)
+    known = state.right[:, :count]
+    cross = torch.bmm(known[:, count - keep :], known.mT)
     size = cross.diagonal(count - keep, 1, 2).clamp_min(torch.finfo(cross.dtype).tiny).rsqrt()
     gram = cross[:, :, count - keep :] * size[:, :, None] * size[:, None]
     gram.diagonal(0, 1, 2).mul_(1 + RIDGE[gram.dtype])
@@ -237,8 +239,8 @@ def _cut(state: BroydenState, keep: int) -> None:
     turn = torch.cholesky_solve(cross * size[:, :, None], factor) * size[:, :, None]
     usable = (info == 0) & torch.isfinite(turn).all(-1).all(-1)
     turn = torch.where(usable[:, None, None], turn, 0.0)
-    size = -(-right.shape[2] // (PARTS * count)) if right[:, 0].numel() >= LARGE_STATE else right.shape[2]
-    for left, right in zip(state.left[:, :count].split(size, 2), right.split(size, 2), strict=True):
+    size = -(-known.shape[2] // (PARTS * count)) if known[:, 0].numel() >= LARGE_STATE else known.shape[2]
+    for left, right in zip(state.left[:, :count].split(size, 2), known.split(size, 2), strict=True):
         left[:, :keep] = torch.bmm(turn, left)
         right[:, :keep] = right[:, count - keep :].clone()
     state.count = keep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -53,6 +54,8 @@ class ForwardBackward(Solver[ForwardBackwardSettings]):
     Raises:
         FunctionError: f lacks one of its parts, or they make another map than f.
     """
+
+    traceable: ClassVar[bool] = False
 
     estimates = True
 

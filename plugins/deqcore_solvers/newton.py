@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from pydantic import Field
@@ -43,6 +43,8 @@ class NewtonState:
 
 class DenseNewton(Solver[NewtonS]):
     """Steps (I - J)^-1 (f(z) - z) with a factored Jacobian; `is_stale` says when it is made anew."""
+
+    traceable: ClassVar[bool] = False
 
     def init(self, problem: Problem, z: Tensor, fz: Tensor) -> NewtonState:
         features, most = z.shape[1], self.settings.max_features

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -72,6 +72,8 @@ class NewtonKrylov(Solver[NewtonKrylovSettings]):
 
     Source: Eisenstat and Walker, SIAM J. Sci. Comput. 17 (1996); Knoll and Keyes, J. Comput. Phys. 193 (2004).
     """
+
+    traceable: ClassVar[bool] = False
 
     def __init__(self, settings: NewtonKrylovSettings | None = None, **options: Any) -> None:
         super().__init__(settings, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -52,6 +53,8 @@ class PeacemanRachford(Solver[PeacemanRachfordSettings]):
     Raises:
         FunctionError: f lacks one of its parts, or they make another map than f.
     """
+
+    traceable: ClassVar[bool] = False
 
     estimates = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -55,6 +55,8 @@ class PseudoTransient(Solver[PseudoTransientSettings]):
 
     Source: Kelley and Keyes, SIAM J. Numer. Anal. 35 (1998); Mulder and van Leer (1985) for the time steps.
     """
+
+    traceable: ClassVar[bool] = False
 
     def __init__(self, settings: PseudoTransientSettings | None = None, **options: Any) -> None:
         super().__init__(settings, **options)
