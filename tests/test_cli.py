@@ -295,7 +295,7 @@ def test_show_as_text(run, monkeypatch):
     assert (code, err) == (0, "")
     assert out.startswith(f"anderson (solver)\ndeqcore {deqcore.__version__}, module deqcore_solvers.anderson\n")
     assert "Walker and Ni" in out
-    memory = next(line for line in out.splitlines() if line.startswith("memory "))
+    memory = next(line for line in out.splitlines() if line.startswith("memory  "))
     assert memory.split()[:6] == ["memory", "int", ">=", "1", "14", "m"]
     assert "    z <- f(z)" in out, "formulas keep their lines"
 

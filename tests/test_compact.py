@@ -129,7 +129,7 @@ class Monotone:
     def prox(self, v, alpha):
         return torch.relu(v)
 
-    def solve(self, v, alpha):
+    def inverse_step(self, v, alpha):
         eye = torch.eye(len(self.w), dtype=F64)
         return torch.linalg.solve(eye + alpha * (eye - self.w), v.T).T
 
@@ -293,7 +293,7 @@ def test_small_first_residuals_are_no_solution_where_the_state_grows():
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_sample_that_is_never_finite(name):
     rows = Rows(32)
-    clean, before = solve(name, rows.plain, rows.z0, rows.args)
+    clean, _before = solve(name, rows.plain, rows.z0, rows.args)
     x = rows.x.clone()
     x[7, 0] = math.nan
     z, info = solve(name, rows.plain, rows.z0, (rows.rho, x), on_failure="ignore")
@@ -539,7 +539,7 @@ def test_autocast():
         return torch.tanh(rho * out) + x
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        z, info = solve("anderson", fn, rows.z0.float(), (rows.rho.float(), rows.x.float()), solver={"tol": 0.02})
+        z, _info = solve("anderson", fn, rows.z0.float(), (rows.rho.float(), rows.x.float()), solver={"tol": 0.02})
     assert (z.double() - rows.answer()).abs().max() < 0.2
     assert min(seen) < 24
     assert z.dtype == torch.float32
@@ -570,7 +570,7 @@ def test_args_in_containers(wrap):
         seen.append(len(z))
         return rows.plain(z, rho, x)
 
-    z, info = solve("anderson", fn, rows.z0, (wrap(*rows.args), torch.zeros(7, 3), None, "text"))
+    z, _info = solve("anderson", fn, rows.z0, (wrap(*rows.args), torch.zeros(7, 3), None, "text"))
     torch.testing.assert_close(z, rows.answer(), rtol=0, atol=1e-8)
     assert seen[-1] < 24
 
@@ -586,7 +586,7 @@ def test_args_without_a_batch_are_left_alone():
         assert w.shape == (4, 4)
         return torch.tanh(scale * rho * (z @ w.T)) + x * row
 
-    z, info = solve("anderson", fn, rows.z0, (*rows.args, scale, row, rows.w))
+    z, _info = solve("anderson", fn, rows.z0, (*rows.args, scale, row, rows.w))
     assert (fn(z, *rows.args, scale, row, rows.w) - z).norm(dim=1).max() <= 1e-9
 
 
@@ -601,7 +601,7 @@ def test_integer_and_bool_args_are_batched_too():
         seen.append(len(z))
         return torch.where(mask[:, None], 0.0, rows.plain(z, rho, x))
 
-    z, info = solve("anderson", fn, rows.z0, (*rows.args, mask, index))
+    z, _info = solve("anderson", fn, rows.z0, (*rows.args, mask, index))
     assert (z[mask] == 0).all()
     assert seen[-1] < 24
 
@@ -647,7 +647,7 @@ def test_a_weight_of_the_batchs_size_in_args(what):
     fn = {"weight": weight, "scale": scale}.get(what, bias)
     given = (*rows.args, rows.w if what == "weight" else b[what])
     try:
-        z, info = solve("fixed_point_iter", fn, rows.z0, given)
+        z, _info = solve("fixed_point_iter", fn, rows.z0, given)
     except FunctionError as error:
         assert "compact=False" in str(error)
         assert "keep other tensors" in str(error)
@@ -705,7 +705,7 @@ def test_batch_statistics(shape):
     with pytest.raises(FunctionError, match="no batch statistics"):
         deq(fn, torch.zeros(shape), (rho, x))
     norm.eval()
-    out, info = deq.eval()(fn, torch.zeros(shape), (rho, x))
+    _out, info = deq.eval()(fn, torch.zeros(shape), (rho, x))
     assert info.converged.all()
 
 
@@ -851,7 +851,7 @@ def test_sample_nfe_over_several_stretches():
 def test_callbacks_see_the_whole_batch():
     rows = Rows(20)
     seen = []
-    z, info = solve(
+    _z, info = solve(
         "fixed_point_iter",
         rows.plain,
         rows.z0,

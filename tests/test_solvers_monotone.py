@@ -335,9 +335,9 @@ def test_an_f_without_parts_is_told_what_is_needed(cls):
     ):
         solve(cls(), Missing(), torch.ones(2, 3))
     with pytest.raises(FunctionError, match=r"f is 'function' and lacks linear, inject, prox.*not a lambda around it"):
-        solve(cls(), lambda z: 0.5 * z, torch.zeros(2, 3))
+        solve(cls(), lambda z: 0.5 * z, torch.ones(2, 3))
     with pytest.raises(FunctionError, match=r"takes a state of one tensor"):
-        solve(cls(), Layer(), (torch.zeros(2, 12), torch.zeros(2, 12)), (inputs(2),), fz=torch.zeros(2, 24))
+        solve(cls(), Layer(), (torch.zeros(2, 12), torch.zeros(2, 12)), (inputs(2),), fz=torch.ones(2, 24))
     b = torch.zeros(2, 3)
     with torch.no_grad(), pytest.raises(FunctionError, match=r"needs its parts from f"):
         iterate(cls(), LinearProblem(lambda u: 0.5 * u, None, b + 1), b)
