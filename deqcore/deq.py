@@ -17,6 +17,7 @@ from .frames import caller
 from .functions import FactoryCore
 from .interfaces import Core, GradientBackend, Regularizer, Solver, Stretch
 from .iterate import Callback, Run, iterate
+from .legacy import torchdeq_order
 from .problem import Problem
 from .progress import progress_bar
 from .registry import registry
@@ -24,7 +25,7 @@ from .scope import SolveScope
 from .settings import SolverSettings
 from .solution import Solution
 from .spectrum import spectral_radius
-from .state import StateSpec
+from .state import StateSpec, finite
 from .validation import rename, shown, validate
 
 __all__ = ["DEQ", "get_deq", "reset_deq"]
@@ -140,7 +141,7 @@ class DEQ(nn.Module):
             UnknownKeyError, ConfigError: `solver_kwargs` has a wrong key or value.
         """
         if args is None or isinstance(args, Mapping):
-            order = _torchdeq_order(args, solver_kwargs, sradius_mode, backward_writer)
+            order = torchdeq_order(args, solver_kwargs, sradius_mode, backward_writer)
             args, (solver_kwargs, sradius_mode, backward_writer) = (), order
         if not callable(fn):
             raise FunctionTypeError(f"f must be callable, got {type(fn).__name__}: deq(fn, z0).")
@@ -156,7 +157,7 @@ class DEQ(nn.Module):
         solver = self._solver_for(solver_kwargs)
         bar = progress_bar(solver.settings.max_iter, callback) if progress else nullcontext(callback)
         with SolveScope(), bar as callback:
-            problem, z, warm_state = self._pose(fn, z0, args, warm_start, type(solver))
+            problem, z, warm_state = self._pose(fn, z0, args, warm_start, solver)
             call = _Call(self, solver, problem, backward_writer, callback, warm_state)
             states, info = call.train(z) if self.training else call.evaluate(z, sradius_mode)
             self._regularize(problem, states, info)
@@ -209,7 +210,7 @@ class DEQ(nn.Module):
         return config.eval_max_iter or int(config.solver.max_iter * config.eval_factor)
 
     def _pose(
-        self, fn: Callable[..., Any], z0: Any, args: Any, warm_start: Solution | None, solver: type
+        self, fn: Callable[..., Any], z0: Any, args: Any, warm_start: Solution | None, solver: Solver[Any]
     ) -> tuple[Problem, Tensor, Any]:
         """The problem, its packed start, and the solver state to resume from."""
         if not isinstance(args, tuple | list):
@@ -219,7 +220,8 @@ class DEQ(nn.Module):
         spec = StateSpec.of(z0, self.config.batch_dims)
         problem = Problem.of(fn, spec, tuple(args))  # pyright: ignore[reportUnknownArgumentType]
         if warm_start is None:
-            return problem, _finite(spec.pack(z0).detach(), "z0"), None
+            z = spec.pack(z0).detach()
+            return problem, z if solver.settings.is_fixed else finite(z, "z0"), None
         if not isinstance(warm_start, Solution):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise StateTypeError(f"warm_start takes the info of an earlier call, got {type(warm_start).__name__}.")
         if warm_start.spec is not None and not spec.same_as(warm_start.spec):
@@ -228,7 +230,10 @@ class DEQ(nn.Module):
         if tuple(z.shape) != (spec.batch, spec.features):  # its spec was lost in a pickle
             raise StateError(f"warm_start is for a packed state of shape {tuple(z.shape)}; this call's is {spec}.")
         made_by, state = warm_start.solver_state or (None, None)
-        return problem, _finite(z.to(spec.device, spec.dtype), "warm_start"), state if made_by is solver else None
+        z = z.to(spec.device, spec.dtype)
+        if not solver.settings.is_fixed:  # to look would be to wait for the device
+            finite(z, "warm_start")
+        return problem, z, state if made_by is type(solver) else None
 
     def _regularize(self, problem: Problem, states: list[Tensor], info: Solution) -> None:
         if not self.regularizers:
@@ -248,25 +253,6 @@ class DEQ(nn.Module):
         from .norm import apply_norm
 
         return apply_norm(module, args=self.config, **options)
-
-
-def _torchdeq_order(
-    options: Mapping[str, Any] | None, second: Any, third: Any, writer: Any
-) -> tuple[Mapping[str, Any] | None, bool, Any]:
-    """What TorchDEQ's order of arguments means: solver_kwargs, sradius_mode, backward_writer after (fn, z0)."""
-    if isinstance(second, Mapping):
-        if options is not None:
-            raise ConfigError(f"solver_kwargs is given twice: {shown(options)} and {shown(second)}. Give one.")
-        return second, third, writer  # pyright: ignore[reportUnknownVariableType]
-    sradius_mode = third if second is None and not callable(third) else bool(second)
-    return options, sradius_mode, third if callable(third) else writer
-
-
-def _finite(z: Tensor, what: str) -> Tensor:
-    if bool(torch.isfinite(z).all()):
-        return z
-    rows = int((~torch.isfinite(z)).any(1).sum())
-    raise StateError(f"{what} holds NaN or inf in {rows} of {z.shape[0]} samples; a solve can't start there.")
 
 
 class _Call:

@@ -92,7 +92,7 @@ class _Loop:
         z = problem.round(z)
         if z is not start:
             fz = None
-        kind = Recorder if settings.thresholds() == (0.0, 0.0) else Monitor
+        kind = Recorder if settings.is_fixed else Monitor
         self.monitor = monitor = kind(problem, z, settings, options.scale, options.keep_trace)
         if settings.max_iter == 0:
             return Run(monitor.skipped(), [z] * len(options.sample_at))

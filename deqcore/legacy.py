@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .choice import choice_of
+from .errors import ConfigError
+from .validation import shown
 
-__all__ = ["CALL_ONLY", "FLAT", "GIVEN", "IGNORED", "LEGACY", "NEGATED", "add_deq_args", "flag_default"]
+__all__ = [
+    "CALL_ONLY",
+    "FLAT",
+    "GIVEN",
+    "IGNORED",
+    "LEGACY",
+    "NEGATED",
+    "add_deq_args",
+    "flag_default",
+    "torchdeq_order",
+]
 
 #: Path of options that mean nothing until all sources are known; see deqcore.merge.
 LEGACY = "legacy"
@@ -161,3 +174,15 @@ def _flags_of(path: str, kind: str, flags: dict[str, str]) -> None:
     for field, nested in inner.items():
         if path.count(".") == 0:  # a solver may have a solver of its own: stop somewhere
             _flags_of(f"{path}.{field}", nested, flags)
+
+
+def torchdeq_order(
+    options: Mapping[str, Any] | None, second: Any, third: Any, writer: Any
+) -> tuple[Mapping[str, Any] | None, bool, Any]:
+    """What TorchDEQ's order of arguments means: solver_kwargs, sradius_mode, backward_writer after (fn, z0)."""
+    if isinstance(second, Mapping):
+        if options is not None:
+            raise ConfigError(f"solver_kwargs is given twice: {shown(options)} and {shown(second)}. Give one.")
+        return second, third, writer  # pyright: ignore[reportUnknownVariableType]
+    sradius_mode = third if second is None and not callable(third) else bool(second)
+    return options, sradius_mode, third if callable(third) else writer

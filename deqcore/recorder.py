@@ -60,7 +60,12 @@ class Recorder:
             self._settle()
         return z, fz, False
 
-    judge_again = judge
+    def judge_again(self, step: int, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """As :meth:`judge`, where what was said of the states so far came from estimates of f(z)."""
+        del self.residuals[-1], self.sizes[-1], self.steps[-1]
+        nothing = torch.full_like(self._head.residual, math.inf)
+        self._window, self._head = [], Best(z, nothing, nothing, self._head.step)
+        return self.judge(step, z, fz)
 
     def begin(self, residual: Tensor) -> None:
         """The first evaluation's residuals, of a run that is judged at its end only: nothing to note."""

@@ -111,6 +111,11 @@ class SolverSettings(Settings):
             )
         return self
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether exactly max_iter steps are to be made, without a stop test."""
+        return self.thresholds() == (0.0, 0.0)
+
     def thresholds(self) -> tuple[float, float]:
         """(atol, rtol) that the residual is compared with: residual <= atol + rtol * ||f(z)||."""
         if self.rtol is not None or self.atol is not None:

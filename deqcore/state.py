@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from .errors import FunctionError, FunctionTypeError, StateError, StateTypeError
 from .tree import LEAF, arrange, close_records, describe, flatten, flatten_with_paths
 
-__all__ = ["StateSpec"]
+__all__ = ["StateSpec", "finite"]
 
 #: What f must do, for error texts.
 MUST = "f must return the same structure, shapes, device and kind of dtype as its state"
@@ -330,3 +330,15 @@ def _changed_in_place() -> FunctionError:
         "f changed its input in place; the solver still needs that tensor. Write z = z + ... instead of z += ..., and "
         "relu(z) instead of relu_(z)."
     )
+
+
+def finite(z: Tensor, what: str) -> Tensor:
+    """`z`, where all of it is a number.
+
+    Raises:
+        StateError: it holds NaN or inf; `what` it is, for the text.
+    """
+    if bool(torch.isfinite(z).all()):
+        return z
+    rows = int((~torch.isfinite(z)).any(1).sum())
+    raise StateError(f"{what} holds NaN or inf in {rows} of {z.shape[0]} samples; a solve can't start there.")
