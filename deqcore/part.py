@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from copy import copy
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,10 +83,20 @@ class Part:
             self.counts[self.rows] += new
 
     def _args(self, rows: Tensor) -> tuple[Any, ...]:
-        def pick(leaf: Tensor) -> Tensor:
-            return leaf[rows.to(leaf.device)] if leaf.dim() and leaf.shape[0] == self.batch else leaf
+        def pick(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return leaf[rows.to(leaf.device)] if leaf.dim() and leaf.shape[0] == self.batch else leaf
+            if not is_dataclass(leaf) or isinstance(leaf, type):
+                return leaf
+            chosen = copy(leaf)  # keeps what is no field
+            for field in fields(leaf):
+                object.__setattr__(chosen, field.name, pick_all(getattr(leaf, field.name)))
+            return chosen
 
-        return pytree.tree_map_only(Tensor, pick, self.whole[1])
+        def pick_all(tree: Any) -> Any:
+            return pytree.tree_map(pick, tree, is_leaf=is_dataclass)
+
+        return pick_all(self.whole[1])
 
     def _calling(self, rows: Tensor) -> Any:
         spec = self.whole[0]
@@ -100,7 +112,7 @@ class Part:
                 if ours or isinstance(error, (NotImplementedError, torch.OutOfMemoryError)):  # no derivative, no room
                     raise
                 raise FunctionError(
-                    f"f can't be called for {len(rows)} of {self.batch} samples: {error}. {REMEDY}"
+                    f"f can't be called for {len(rows)} of {self.batch} samples: {str(error).rstrip('.')}. {REMEDY}"
                 ) from error
 
         return narrowed

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .errors import FunctionError
+from .errors import FunctionError, GradientModeError
 from .part import Part
 from .state import StateSpec
 
@@ -127,7 +129,10 @@ class Problem:
 
         Raises:
             NotImplementedError, RuntimeError: something in f has no forward derivative; see :meth:`linearize`.
+            GradientModeError: under ``torch.inference_mode()``, where torch gives no derivative.
         """
+        _derivatives_are_on()
+        _prepare_forward_mode()
         self.njvp += 1
         with forward_ad.dual_level():
             dual = self.call(forward_ad.make_dual(z.detach(), tangent))
@@ -135,10 +140,32 @@ class Problem:
         return torch.zeros_like(tangent) if product is None else product.detach()
 
     def linearize(self, z: Tensor) -> Linearization:
-        """Evaluate f at `z` once, with its graph, for products with J = df/dz."""
+        """Evaluate f at `z` once, with its graph, for products with J = df/dz.
+
+        Raises:
+            GradientModeError: under ``torch.inference_mode()``, where torch gives no derivative.
+        """
+        _derivatives_are_on()
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             return Linearization(self, z, self(z))
+
+
+def _derivatives_are_on() -> None:
+    if torch.is_inference_mode_enabled():
+        raise GradientModeError(
+            "derivatives of f are needed, and torch.inference_mode() switches them off. Use torch.no_grad() instead, "
+            "or a solver without derivatives: solver='anderson' or 'broyden'."
+        )
+
+
+@cache
+def _prepare_forward_mode() -> None:
+    """Have torch load its rules for forward mode, some of which it compiles in a way that it calls deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def _never(*args: Any) -> Any:

@@ -90,7 +90,8 @@ class Recorder:
         judged = torch.where(finite, residuals, math.inf)
         worst = torch.where(self._aside, 0.0, judged).amax(1)
         which = torch.where(self._aside, judged.argmin(0), worst.argmin(0))
-        steps = torch.tensor([0, *self.steps[-count:]], device=which.device)[which]
+        # Filled in on the device: to copy numbers there is to wait for it.
+        steps = torch.stack([which.new_full((), step) for step in (0, *self.steps[-count:])])[which]
         everyone = torch.arange(which.shape[0], device=which.device)
         if count == 1:
             z = torch.where((which == 1)[:, None], self._window[0], head.z)  # one copy of a large state, not three

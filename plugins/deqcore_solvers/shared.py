@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from deqcore import (
     AnySolverChoice,
-    GradientModeError,
     Linearization,
     LinearProblem,
     Problem,
@@ -86,8 +82,6 @@ class Products:
         """
         if isinstance(problem, LinearProblem):
             return lambda u: u - problem.matvec(u)
-        _check_mode()
-        _prepare_forward_mode()
 
         def product(u: Tensor) -> Tensor:
             if self.forward:
@@ -119,23 +113,6 @@ class Products:
             self._linearized = found = problem.linearize(z)
             self._point = z
         return found
-
-
-@functools.cache
-def _prepare_forward_mode() -> None:
-    """Have torch load its rules for forward mode, some of which it compiles in a way that it calls deprecated."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        with forward_ad.dual_level():
-            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
-
-
-def _check_mode() -> None:
-    if torch.is_inference_mode_enabled():
-        raise GradientModeError(
-            "this solver needs derivatives of f, and torch.inference_mode() switches them off. Use torch.no_grad() "
-            "instead, or a solver without derivatives: solver='anderson' or 'broyden'."
-        )
 
 
 class LinearStepSettings(SolverSettings):
