@@ -16,7 +16,7 @@ from .errors import ConfigError, ConfigTypeError, FunctionTypeError, StateError,
 from .frames import caller
 from .functions import FactoryCore
 from .interfaces import Core, GradientBackend, Regularizer, Solver, Stretch
-from .iterate import Callback, Run, iterate
+from .iterate import Callback, Run, check_loop, iterate
 from .legacy import torchdeq_order
 from .problem import Problem
 from .progress import progress_bar
@@ -58,23 +58,7 @@ class DEQ(nn.Module):
         self.gradients = [*self._before(last), last]
         self.regularizers: list[Regularizer[Any]] = [registry.create("regularizers", r) for r in config.regularizers]
         self._solvers: dict[str, Solver[Any]] = {}
-        self._check_compact()
-
-    def _check_compact(self) -> None:
-        """Refuse compact=True where it can't be had."""
-        config, kind = self.config, type(self.solver)
-        if not config.compact:
-            return
-        if config.batch_dims != 1:
-            raise ConfigError(
-                "compact=True needs batch_dims=1, one equilibrium a row of the batch; "
-                f"got batch_dims={config.batch_dims}."
-            )
-        if kind.solve is not Solver.solve or not kind.monitored:
-            raise ConfigError(
-                f"compact=True needs a solver that is judged at every step; {config.solver.name!r} is not. Pick "
-                "another, or set compact=False."
-            )
+        check_loop(type(self.solver), config.solver, config.compact, config.batch_dims)
 
     def _before(self, last: GradientBackend[Any]) -> list[GradientBackend[Any]]:
         """Backends of the states before the last one."""
@@ -126,7 +110,7 @@ class DEQ(nn.Module):
             backward_writer: called with the Solution of every backward solve.
             warm_start: an earlier call's info, to start from its state (and solver state, with ``keep_state=True``).
             callback: called as callback(step, z, residual) at every judged step, on packed states; `step` counts from
-                the start of the call.
+                the start of the call; ends it by returning True.
             progress: show a progress bar of the steps.
 
         Returns:
@@ -320,7 +304,10 @@ class _Call:
         while first < len(plan):
             last = next((k for k in range(first, len(plan)) if plan[k].resume), len(plan) - 1)
             stretches = plan[first : last + 1]
-            run = self.solve(z, stretches[-1].stop - start, [s.stop - start for s in stretches[:-1]], start)
+            if not run.ended:  # otherwise the states that are left are the one where a callback ended it
+                run = self.solve(z, stretches[-1].stop - start, [s.stop - start for s in stretches[:-1]], start)
+            elif len(stretches) > 1:
+                run = run._replace(samples=[run.solution["z"]] * (len(stretches) - 1))
             if last == len(plan) - 1:
                 self.judge(run.solution)
             states += self._attach_all(stretches, run)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .compact import Compaction
+from .errors import ConfigError
 from .interfaces import LinearSolver, Solver
 from .monitor import Monitor
 from .problem import Problem
@@ -18,16 +19,44 @@ from .recorder import Recorder
 from .settings import SolverSettings
 from .solution import Solution, Status
 
-__all__ = ["Run", "iterate"]
+__all__ = ["Run", "check_loop", "iterate"]
 
 Callback = Callable[[int, Tensor, Tensor], Any]
 
 
 class Run(NamedTuple):
-    """A finished run of the loop: what is known about it, and the states at the steps asked for, in order."""
+    """A finished run of the loop: what is known about it, the states at the steps asked for, in order, and whether a
+    callback ended it."""
 
     solution: Solution
     samples: list[Tensor]
+    ended: bool = False
+
+
+def check_loop(kind: type, settings: SolverSettings, compact: bool, batch_dims: int) -> None:
+    """Refuse what a loop with this kind of solver can't do.
+
+    Raises:
+        ConfigError: compact=True with another batch_dims than 1, or with a solver that isn't judged at every step; a
+            bound that only the kernel's loop keeps, for a solver that brings its own.
+    """
+    own = kind.solve not in (Solver.solve, LinearSolver.solve)  # type: ignore[attr-defined]
+    if compact and batch_dims != 1:
+        raise ConfigError(
+            f"compact=True needs batch_dims=1, one equilibrium a row of the batch; got batch_dims={batch_dims}."
+        )
+    if compact and (own or not kind.monitored):  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"compact=True needs a solver that is judged at every step; {settings.name!r} is not. Pick another, or set "
+            "compact=False."
+        )
+    for bound in ("max_nfe", "patience"):
+        takes: Collection[str] = getattr(kind, "takes", ())  # of a plain function, which may have such an argument
+        if own and bound not in takes and getattr(settings, bound) is not None:
+            raise ConfigError(
+                f"solver.{bound}={getattr(settings, bound)!r}: {settings.name!r} brings its own loop, which "
+                f"doesn't know of {bound}. Leave it out, or pick another solver."
+            )
 
 
 class Options(NamedTuple):
@@ -100,6 +129,7 @@ class _Loop:
             return self._own_loop(z)
         monitor.recovers = solver.monitored
         self.compaction: Compaction | None = None
+        self.ended = False  # by a callback
         self.samples: list[Tensor] = []
         step, z, state = self._steps(z, problem(z) if fz is None else fz)
         return self._result(step, z, state, start)
@@ -112,6 +142,8 @@ class _Loop:
         solver, problem, settings, monitor = self.solver, self.problem, self.settings, self.monitor
         compact = self.options.compact and isinstance(monitor, Monitor) and not settings.return_final
         k, stop = 0, False
+        if isinstance(monitor, Monitor):
+            monitor.apart = compact
         if solver.monitored:
             z, fz, stop = monitor.judge(0, z, cast(Tensor, fz))
         else:
@@ -159,7 +191,6 @@ class _Loop:
     def _drop_finished(self, k: int, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         """Have finished samples leave the batch. Returns what is left of the state, of f there, and of the solver's."""
         monitor = cast(Monitor, self.monitor)
-        monitor.apart = True
         leave = monitor.leavers(k)
         if leave is None or bool(leave.all()):
             return z, fz, state
@@ -182,7 +213,8 @@ class _Loop:
         if callback is None:
             return stop
         residual = monitor.residual() if self.compaction is None else self.compaction.residuals(cast(Monitor, monitor))
-        return callback(k, self._whole(z), residual.to(z)) is True or stop
+        self.ended = callback(k, self._whole(z), residual.to(z)) is True
+        return self.ended or stop
 
     def _whole(self, z: Tensor) -> Tensor:
         """The state of all samples, whoever has left."""
@@ -211,7 +243,7 @@ class _Loop:
         if state is not None:
             solution.update(solver.notes(state))
         samples = self.samples + [solution["z"]] * (len(self.options.sample_at) - len(self.samples))
-        return Run(solution, samples)
+        return Run(solution, samples, self.ended)
 
     def _own_loop(self, z: Tensor) -> Run:
         """A solver that brings its own loop: run it, then judge what it returned by one evaluation."""

@@ -231,7 +231,7 @@ class Monitor:
             strikes = strikes + bad
             frozen = frozen | (strikes >= STRIKES)
             z = torch.where(bad.to(z.device)[:, None], best.z, z)
-            fz = self.problem(z)
+            fz = self.problem.again(bad.nonzero()[:, 0], z, fz) if self.apart else self.problem(z)
             r, n = map(rows.to64, rows.measure(z, fz))
             bad = ~torch.isfinite(r) & ~frozen
         self.strikes = strikes

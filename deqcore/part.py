@@ -41,6 +41,7 @@ class Part:
         self.whole = problem.spec, problem.args, problem.call
         self.rows: Tensor | None = None  # of the whole batch, on the CPU
         self.counts = torch.zeros(batch, dtype=torch.int64)
+        self.probed = False
         self.since = 0  # evaluations that are in the counts
 
     def select(self, keep: Tensor | None) -> None:
@@ -55,12 +56,27 @@ class Part:
         problem.spec, problem.args = spec.select(len(self.rows)), self._args(self.rows)  # type: ignore[union-attr]
         problem.call = self._calling(self.rows)
 
-    def probe(self, row: Tensor, z: Tensor, fz: Tensor) -> None:
-        """Call f for one sample alone, and see that it gives what it gave in the batch."""
-        alone = self._calling(row)(z[row.to(z.device)])
+    def again(self, which: Tensor, z: Tensor, fz: Tensor) -> Tensor:
+        """`fz` with f called anew for the samples `which` of the present ones alone."""
+        self._count()
+        rows = which if self.rows is None else self.rows[which]
+        self._count_alone(rows)
+        there = which.to(z.device)
+        return fz.index_copy(0, there, self._calling(rows)(z[there]))
+
+    def _count_alone(self, rows: Tensor) -> None:
         self.problem.nfe += 1
-        self.counts[row] += 1
+        self.counts[rows] += 1
         self.since += 1
+
+    def probe(self, rows: Tensor, z: Tensor, fz: Tensor) -> None:
+        """Call f for one of these samples alone, and see that it gives what it gave in the batch; once a solve."""
+        if self.probed:
+            return
+        self.probed = True
+        row = rows[len(rows) // 2][None]  # not the first, which an f that takes a table for its own may look up
+        alone = self._calling(row)(z[row.to(z.device)])
+        self._count_alone(row)
         before = fz[row.to(fz.device)]
         norm = torch.linalg.vector_norm
         allowed = self.problem.eps(z) ** 0.5 * (norm(before) + norm(z[row.to(z.device)]))

@@ -89,12 +89,24 @@ class Problem:
         Raises:
             FunctionError: f gives a sample another value without the others, or doesn't take a part of the batch.
         """
+        part = self._parts()
+        part.probe(keep, z, fz)
+        part.select(keep)
+
+    def again(self, rows: Tensor, z: Tensor, fz: Tensor) -> Tensor:
+        """`fz` with f called anew for the samples `rows` (int64, on the CPU) alone; see :meth:`narrow`."""
+        part = self._parts()
+        others = torch.ones(z.shape[0], dtype=torch.bool).index_fill(0, rows, False).nonzero()[:, 0]
+        if len(others):
+            part.probe(others, z, fz)
+        return part.again(rows, z, fz)
+
+    def _parts(self) -> Part:
         if self.spec is None or self.fn is None:
             raise FunctionError("this problem can't be narrowed: it was not made of a function and its batched args.")
         if self._part is None:
             self._part = Part(self, self.spec.batch)
-            self._part.probe(keep[:1], z, fz)
-        self._part.select(keep)
+        return self._part
 
     def widen(self) -> None:
         """Have f called for all samples again."""
@@ -102,9 +114,11 @@ class Problem:
             self._part.select(None)
 
     def sample_nfe(self) -> Tensor:
-        """(B,) int64, evaluations of f in which each sample took part."""
-        batch = self.spec.batch if self.spec is not None else 1
-        return torch.full((batch,), self.nfe) if self._part is None else self._part.counted()
+        """(B,) int64, evaluations of f in which each sample took part; on the CPU where samples have left."""
+        if self._part is not None:
+            return self._part.counted()
+        device = None if self.spec is None else self.spec.device
+        return torch.full((1 if self.spec is None else self.spec.batch,), self.nfe, device=device)
 
     @property
     def work(self) -> int:

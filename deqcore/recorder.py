@@ -22,7 +22,8 @@ class Recorder:
     """What :class:`deqcore.monitor.Monitor` is to a run with a tolerance: same methods, but it only takes notes.
 
     Nothing is retried. At the end, the best step is chosen on the device: of one step for all samples, as f may couple
-    them; a sample that wasn't finite at some step gets its own best state, and its status says so.
+    them; a sample that is not finite any more gets the best of its last finite states that are still kept, and its
+    status says so.
     """
 
     #: Nobody is retried or frozen in the run.

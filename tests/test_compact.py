@@ -655,6 +655,27 @@ def test_a_weight_of_the_batchs_size_in_args(what):
         assert (fn(z, *given) - z).norm(dim=1).max() <= 1e-9
 
 
+@pytest.mark.parametrize("which", [0, -1, 3])
+@pytest.mark.parametrize("shift", [0, 2, 4, 7])
+def test_a_table_of_the_batchs_size_in_args(which, shift):
+    """Its rows are renumbered with every sample that leaves: what f picks from it by number is another one then."""
+    rows = Rows(8, 8, rho=torch.linspace(0.1, 0.9, 8, dtype=F64)[:, None])
+    table = torch.randn(8, 8, generator=torch.Generator().manual_seed(3), dtype=F64)
+    rho = rows.rho.roll(shift, 0)  # so that the samples leave in another order
+
+    def fn(z, rho, x, table):
+        return torch.tanh(rho * z * table[which]) + x
+
+    given = (rho, rows.x, table)
+    try:
+        z, info = solve("fixed_point_iter", fn, rows.z0, given, on_failure="ignore")
+    except FunctionError as error:
+        assert "compact=False" in str(error)
+    else:
+        residual = (fn(z, *given) - z).norm(dim=1)
+        assert (residual[info.converged] <= 1e-8).all()
+
+
 def test_errors_in_f_that_are_not_about_the_batch_keep_their_cause():
     rows = Rows(24)
 

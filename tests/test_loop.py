@@ -10,6 +10,7 @@ import pytest
 import torch
 from solvers_support import F64, Calls, complex_affine, gaussian, rows_tanh, solve, tanh
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from deqcore import (
     ConfigError,
@@ -30,7 +31,7 @@ from deqcore import (
 from deqcore_solvers.anderson import Anderson
 from deqcore_solvers.broyden import Broyden
 
-ASKS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::_to_copy")
+ASKS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero")
 PATCHED = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy")
 PLAIN = ["aitken", "damped", "fixed_point_iter", "simple_fixed_point_iter"]
 NEWTON = ["chord", "newton", "newton_krylov", "pseudo_transient"]
@@ -42,19 +43,22 @@ def make(name, **options):
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for the device."""
+    """Notes what makes the host wait for the device: questions, and copies from one to the other."""
 
     def __init__(self):
         super().__init__()
         self.found = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
         name = func._schema.name
-        if name in ASKS[:-1]:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim()]
+        devices = {t.device for t in tensors}
+        if devices and isinstance(out, torch.Tensor):
+            devices.add(out.device)
+        if name in ASKS or len(devices) > 1:
             self.found.append(name)
-        if name == "aten::_to_copy" and (kwargs or {}).get("device") is not None:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
+        return out
 
 
 @contextlib.contextmanager
@@ -82,14 +86,15 @@ def fixed(batch=20, d=5, size=0.8):
 
 # ---- runs that never wait
 
-#: On the CPU, where asking costs nothing, these look at what another device would have to be waited for.
+#: What can't be done without a question: a line search, and Newton's kin, ask whether all samples are content.
 NO_WAIT = {
     "fixed_point_iter": {},
+    "fixed_point_iter final": {"return_final": True},
     "damped": {},
     "damped fixed": {"damping": 0.5},
     "aitken": {},
-    "broyden bad": {"update": "bad"},
     "broyden": {},
+    "broyden bad": {"update": "bad"},
     "broyden good": {"update": "good"},
     "broyden small": {"memory": 3},
     "anderson": {},
@@ -102,18 +107,71 @@ NO_WAIT = {
 }
 
 
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Makes a map on a device other than the CPU: one without values, where every question is an error."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # that device has none
+    usual = torch.tensor
+
+    def tensor(data, **options):
+        assert torch.device(options.get("device") or "cpu").type == "cpu", "numbers are copied to the device"
+        return usual(data, **options)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+
+    def make_map(batch, d=5):
+        w, x = torch.empty(d, d, device="meta"), torch.empty(batch, d, device="meta")
+        return (lambda z: torch.tanh(z @ w.T) + x), torch.empty(batch, d, device="meta")
+
+    return make_map
+
+
 @pytest.mark.parametrize("case", NO_WAIT)
 @pytest.mark.parametrize("given", [{"tol": 0.0}, {"rtol": 0.0, "atol": 0.0}])
 @pytest.mark.parametrize("batch", [3, 20])
-def test_fixed_runs_never_wait(case, given, batch, monkeypatch):
-    """As on another device than the CPU: solvers that look at the device's type are shown another one."""
-    name = case.split()[0]
-    fn, z0 = fixed(batch)
-    solver = make(name, max_iter=12, **given, **NO_WAIT[case])
-    pretend(monkeypatch, name)
-    with waits(monkeypatch) as found:
+def test_fixed_runs_never_wait(case, given, batch, elsewhere):
+    fn, z0 = elsewhere(batch)
+    solver = make(case.split()[0], max_iter=12, **given, **NO_WAIT[case])
+    with Waits() as mode:
         solve(solver, fn, z0)
-    assert found == []
+    assert mode.found == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"check_every": 3},
+        {"keep_trace": False},
+        {"sample_at": [5, 9]},
+        {"callback": lambda step, z, residual: None},
+        {"keep_state": True},
+        {"compact": True},
+    ],
+)
+@pytest.mark.parametrize("size", [5, 1 << 14])
+def test_fixed_runs_never_wait_whatever_is_asked_for(options, size, elsewhere):
+    """More steps than are kept, and states so large that none is kept."""
+    w, x = torch.empty(size, device="meta"), torch.empty(20, size, device="meta")
+    with Waits() as mode:
+        solve(make("fixed_point_iter", max_iter=70, tol=0.0), lambda z: w * z + x, torch.empty_like(x), **options)
+    assert mode.found == []
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("on_failure", ["ignore", "warn"])
+def test_the_whole_call_of_a_fixed_run_never_waits(mode, on_failure, elsewhere):
+    fn, z0 = elsewhere(20)
+    deq = get_deq(solver={"name": "anderson", "max_iter": 9, "tol": 0.0}, on_failure=on_failure).train(mode)
+    with Waits() as seen, torch.no_grad():
+        deq(fn, z0)
+    assert seen.found == []
+
+
+@pytest.mark.parametrize("name", ["anderson", "fixed_point_iter"])
+def test_a_run_with_a_tolerance_does_wait(name, elsewhere):
+    fn, z0 = elsewhere(20)
+    with pytest.raises(RuntimeError, match="meta"):
+        solve(make(name, max_iter=12, tol=1e-3), fn, z0)
 
 
 def pretend(monkeypatch, name):
@@ -175,7 +233,8 @@ def test_the_counter_of_waits_counts(monkeypatch):
         torch.ones(1).item()
         torch.ones(2).tolist()
         torch.ones(2).nonzero()
-    assert {"__bool__", "item", "tolist", "aten::nonzero", "aten::_local_scalar_dense"} <= set(found)
+        torch.ones(2).to("meta")
+    assert {"aten::_to_copy", "__bool__", "item", "tolist", "aten::nonzero", "aten::_local_scalar_dense"} <= set(found)
 
 
 @pytest.mark.parametrize("name", ["fixed_point_iter", "damped", "broyden"])
@@ -198,19 +257,6 @@ def test_checks_are_the_only_waits(name, every, monkeypatch):
         assert (asked > 0) == (k % every == 0), (k, asked)
         at.append(asked)
     assert at
-
-
-@pytest.mark.parametrize("name", ["fixed_point_iter", "damped", "broyden", "anderson"])
-def test_the_whole_call_of_a_fixed_run_waits_once(name, monkeypatch):
-    """deq(...) looks at z0, and at nothing else."""
-    fn, z0 = fixed()
-    pretend(monkeypatch, name)
-    deq = get_deq(solver={"name": name, "max_iter": 9, "tol": 0.0}).eval()
-    with waits(monkeypatch) as found, torch.no_grad():
-        _, info = deq(fn, z0)
-        asked = len(found)
-    assert asked <= 2, found[:asked]  # one question, seen by both counters
-    assert set(info["status"].tolist()) <= {Status.MAX_STEPS, Status.AT_PRECISION, Status.STALLED}
 
 
 @pytest.mark.parametrize("given", [{"tol": 0.0}, {"rtol": 0.0, "atol": 0.0}])
@@ -266,6 +312,23 @@ def test_rows_of_nan_in_a_fixed_run_get_their_own_best(steps, since):
         assert info["nstep"][4] == mine
     assert not (info["status"][others] == Status.NON_FINITE).any()
     assert torch.isfinite(info["z"]).all()
+
+
+def test_a_row_of_nan_gets_a_finite_state_of_before():
+    slope = torch.tensor([[1.01], [0.5]], dtype=F64)
+    start = torch.tensor([[1e-3], [1.0]], dtype=F64)
+    calls = []
+
+    def fn(z):
+        calls.append(1)
+        out = slope * z
+        if len(calls) > 50:
+            out[0] = math.nan
+        return out
+
+    info = solve(make("fixed_point_iter", max_iter=60, tol=0.0), fn, start)
+    assert info["nstep"][0] < 51 and info["nstep"][1] == 60
+    assert torch.isfinite(info["z"]).all() and info["status"][0] == Status.NON_FINITE
 
 
 def test_fixed_runs_that_are_never_finite():
@@ -524,7 +587,7 @@ def test_a_kept_solver_state_saves_steps(name):
     assert first.solver_state is not None
     assert by_state.converged.all()
     assert by_z["nfe"] < cold["nfe"]
-    assert by_state["nfe"] <= 0.8 * by_z["nfe"], (cold["nfe"], by_z["nfe"], by_state["nfe"])
+    assert by_state["nfe"] < 0.9 * by_z["nfe"], (cold["nfe"], by_z["nfe"], by_state["nfe"])
     assert (again["z"] == by_state["z"]).all()  # the solution that it comes from is not used up
     torch.testing.assert_close(by_state["z"], cold["z"], rtol=0, atol=1e-6)
 
@@ -579,8 +642,8 @@ def test_another_solvers_state_is_ignored(first, second):
 def test_a_state_kept_under_other_settings(name, first, second):
     fn, z0 = fixed()
     with torch.no_grad():
-        _, info = get_deq(solver={"name": name, "tol": 1e-4, **first}, keep_state=True).eval()(fn, z0)
-        deq = get_deq(solver={"name": name, "tol": 1e-10, "max_iter": 99, **second}).eval()
+        _, info = get_deq(solver={"name": name, "tol": 1e-4, "max_iter": 200, **first}, keep_state=True).eval()(fn, z0)
+        deq = get_deq(solver={"name": name, "tol": 1e-10, "max_iter": 400, **second}).eval()
         out, warm = deq(lambda z: fn(z) + 1e-3, z0, warm_start=info)
         cold = deq(lambda z: fn(z) + 1e-3, z0)[1]
     assert warm.converged.all()

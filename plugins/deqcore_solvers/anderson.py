@@ -188,7 +188,7 @@ class Anderson(Solver[AndersonSettings]):
         rows = rose[:, :, None]
         state.residuals.masked_fill_(rows, 0.0)
         state.images.masked_fill_(rows, 0.0)
-        state.gram = torch.where(rows, torch.eye(state.gram.shape[1]).to(state.gram), state.gram)
+        state.gram = torch.where(rows, _identity(state.gram), state.gram)
         # What comes next is a plain step from an accepted state: it is accepted whatever its residual is.
         state.accepted = torch.where(rose, torch.inf, norm)
         state.image = torch.where(rose, back, fz)
@@ -200,9 +200,13 @@ def _put(a: Tensor, b: Tensor, place: Tensor) -> Tensor:
     return place.copy_(a - b) if torch.compiler.is_compiling() else torch.sub(a, b, out=place)
 
 
+def _identity(gram: Tensor) -> Tensor:
+    return torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+
+
 def _forget(state: AndersonState, slots: list[int]) -> None:
     """Make these slots as they were before they were filled."""
-    identity = torch.eye(state.gram.shape[1]).to(state.gram)
+    identity = _identity(state.gram)
     state.residuals[:, slots] = 0.0
     state.images[:, slots] = 0.0
     state.gram[:, slots] = identity[slots]
