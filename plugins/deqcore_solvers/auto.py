@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from deqcore import Problem, Solver, SolverChoice, SolverSettings, Step, hookimpl, registry
+from deqcore import GradientModeError, Problem, Solver, SolverChoice, SolverSettings, Step, hookimpl, registry
 
 from .shared import FLOOR_SPACINGS
 from .stages import RESTING, AutoState, Evaluates, Group, Why, subset, turned, without_evaluations
@@ -48,7 +48,6 @@ class AutoSettings(SolverSettings):
     stages: tuple[SolverChoice, ...] = Field(
         default=STAGES,  # type: ignore[assignment]
         validate_default=True,
-        min_length=1,
         description="solvers by name, in the order they are tried; after the last comes the first again, plain "
         "iteration aside",
     )
@@ -79,6 +78,8 @@ class AutoSettings(SolverSettings):
     @field_validator("stages", mode="after")
     @classmethod
     def _leave_the_end_to_us(cls, value: tuple[SolverSettings, ...]) -> tuple[SolverSettings, ...]:
+        if not value:  # min_length would speak up about bad items as well
+            raise ValueError("give one stage at least")
         for stage in value:
             usual = {key: type(stage).model_fields[key].default for key in OURS}
             given = [f"{key}={getattr(stage, key)!r}" for key in OURS if getattr(stage, key) != usual[key]]
@@ -159,7 +160,7 @@ class Auto(Solver[AutoSettings]):
         state = AutoState.fresh(groups, z)
         for group in groups:
             state.stage[group.index], state.patience[group.index] = group.stage, self._patience[group.stage]
-            self._visit(state, group.stage, reason, len(group.of(z)))
+            state.visit(group.stage).reasons[reason] += len(group.of(z))
         return state
 
     def step(self, problem: Problem, z: Tensor, fz: Tensor, state: AutoState) -> Step:
@@ -189,8 +190,8 @@ class Auto(Solver[AutoSettings]):
                 continue
             there = (place[group.rows] >= 0).nonzero()[:, 0]
             if len(there):
-                new = place[group.rows[there]]
-                groups.append(self._part(group, *((new, there) if len(there) < len(rows) else (None, there))))
+                new, order = place[group.rows[there]].sort()
+                groups.append(self._part(group, new if len(new) < len(rows) else None, there[order]))
         parts = {key: part[rows] for key, part in vars(state).items() if isinstance(part, Tensor)}
         last = None if state.last is None else (state.last[0][rows], state.last[1][rows])
         return dataclasses.replace(state, groups=groups, last=last, **parts)
@@ -249,6 +250,8 @@ class Auto(Solver[AutoSettings]):
                 found, group.state, image = self._solvers[group.stage].step(part, z, fz, group.state)
                 break
             except (NotImplementedError, RuntimeError) as error:
+                if part.work == nfe + products and not isinstance(error, GradientModeError):
+                    raise
                 self._give_up(group, state, error)
         visit, made, products = state.log[group.stage], part.nfe - nfe, part.njvp + part.nvjp - products
         if made + products:
@@ -281,7 +284,7 @@ class Auto(Solver[AutoSettings]):
             raise error
         group.state, group.stage = None, self._after(group.stage, state)
         state.stage[group.index], state.patience[group.index] = group.stage, self._patience[group.stage]
-        self._visit(state, group.stage, Why.NO_DERIVATIVE, len(group.of(state.stage)))
+        state.visit(group.stage).reasons[Why.NO_DERIVATIVE] += len(group.of(state.stage))
 
     # ---- who goes on to another stage
 
@@ -289,9 +292,6 @@ class Auto(Solver[AutoSettings]):
         """The next stage that can be used; the plain one is never come back to."""
         order = [*range(stage + 1, len(self._solvers)), *range(stage + 1)]
         return next((k for k in order if k != self._plain and k not in state.failed), stage)
-
-    def _visit(self, state: AutoState, stage: int, reason: Why, samples: int) -> None:
-        state.visit(stage).reasons[reason] += samples
 
     def _measure(self, problem: Problem, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
         """Residual norms, and what they must come down to, (B,) each."""
@@ -308,7 +308,8 @@ class Auto(Solver[AutoSettings]):
         """Take in the residuals, and find out who goes to another stage."""
         norm, limit = self._measure(problem, z, fz)
         improved = norm < state.lowest
-        still = (norm == state.lowest) | ~torch.isfinite(norm)
+        # Put back by the loop, and not by this solver, whose stages begin with no mark.
+        still = (norm == state.lowest) & torch.isfinite(state.mark) | ~torch.isfinite(norm)
         state.best = torch.where(improved[:, None], z, state.best)
         state.lowest = torch.where(improved, norm, state.lowest)
         within = norm <= limit
@@ -355,7 +356,7 @@ class Auto(Solver[AutoSettings]):
                 here = rows & (state.stage == stage)
                 target[here] = to
                 if to != RESTING:
-                    self._visit(state, to, reason, int(here.sum()))
+                    state.visit(to).reasons[reason] += int(here.sum())
             going = going | rows
             follows = follows | (rows if reason in (Why.SLOW, Why.TURNED_ROUND) else False)
         self._regroup(state, target, going, follows, norm)
@@ -368,7 +369,7 @@ class Auto(Solver[AutoSettings]):
         state.patience = torch.where(going, patience, state.patience)
 
     def _regroup(self, state: AutoState, target: Tensor, going: Tensor, follows: Tensor, norm: Tensor) -> None:
-        """The groups that there are once the samples `going` have gone to their targets."""
+        """Form the groups anew, now that the samples `going` go to their targets."""
         groups: list[Group] = []
         merged, lost = going.clone(), ~(norm <= LOST * state.lowest)
         for group in state.groups:

@@ -16,6 +16,8 @@ class SimpleFixedPointIter(FixedPointIter):
     end, so the status is still the truth; an unreached tolerance is no failure here, as none was aimed at.
 
     A step costs one evaluation of f; the whole run waits for the device once.
+
+    Source: Banach's fixed-point theorem.
     """
 
     monitored: ClassVar[bool] = False
