@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 import tomllib
 
@@ -164,7 +163,7 @@ def test_from_a_stage_that_stalls_to_newton():
     assert solve(Broyden(memory=2, **TIGHT), problem.fn, problem.z0).failed()
     found = solve(Auto(**settings_), problem.fn, problem.z0)
     assert bool(found.converged.all()) and problem.error(found["z"]) <= 1e-9
-    assert found["stages"][1]["reason"] in ("stalled (4)", "diverged (4)") or found["stages"][1]["samples"] == 4
+    assert stages_of(found) == ["broyden", "newton_krylov"]
 
 
 def test_what_diverged_goes_back_to_its_best_state():
@@ -278,15 +277,27 @@ def test_select_keeps_each_sample_in_its_stage():
     assert torch.equal(kept.stage, state.solver_state.stage[[1, 2]])
 
 
-def test_coupled_samples_end_as_well():
-    """A graph's nodes as samples: f mixes the rows."""
-    g = torch.Generator().manual_seed(6)
+def graph(seed):
+    """A map that mixes its rows, as a graph network does."""
+    g = torch.Generator().manual_seed(seed)
     mix, w = gaussian(5, 1.0, g), gaussian(4, 0.8, g)
     x = torch.randn(5, 4, generator=g, dtype=F64)
-    found = solve(Auto(rtol=1e-9, max_iter=200), lambda z: torch.tanh(mix @ z @ w.T + x), torch.zeros_like(x))
-    z = found["z"]
-    assert bool(found.converged.all())
-    torch.testing.assert_close(torch.tanh(mix @ z @ w.T + x), z, atol=1e-8, rtol=0)
+    return lambda z: torch.tanh(mix @ z @ w.T + x), torch.zeros_like(x)
+
+
+def test_samples_that_depend_on_each_other():
+    deq = get_deq(solver={"name": "auto", "rtol": 1e-9, "max_iter": 100}, batch_dims=0, on_failure="raise").eval()
+    solved = {Auto: 0, Broyden: 0}
+    for seed in range(6, 14):
+        fn, z0 = graph(seed)
+        with torch.no_grad():
+            (z,), _ = deq(fn, z0)
+        torch.testing.assert_close(fn(z), z, atol=1e-8, rtol=0)
+        for cls in solved:  # without being told
+            found = solve(cls(rtol=1e-9, max_iter=200), fn, z0)
+            solved[cls] += bool(found.converged.all())
+            assert float((fn(found["z"]) - found["z"]).norm(dim=1).max()) <= 1.01 * float(found["abs_lowest"].max())
+    assert solved[Auto] > solved[Broyden]
 
 
 # ---- going on from an earlier solve, and backwards
@@ -297,15 +308,16 @@ def test_warm_start_goes_on_in_its_stage():
     deq = get_deq(solver={"name": "auto", "rtol": 1e-10, "max_iter": 100}, keep_state=True).eval()
     with torch.no_grad():
         _, first = deq(fn, torch.zeros_like(x), args=(x,))
+        pickle.dumps(first.solver_state)
         _, second = deq(
             fn,
             torch.zeros_like(x),
             args=(x + 1e-3,),
-            warm_start=pickle.loads(pickle.dumps(first.solver_state)) and first,
+            warm_start=first,
         )
     assert second["nfe"] < first["nfe"]
-    assert {stage["reason"] for stage in second["stages"]} & {"warm start (5)", "warm start (1)", "warm start (4)"}
-    copy.deepcopy(first.solver_state)
+    assert all("warm start" in stage["reason"] for stage in second["stages"])
+    assert "fixed_point_iter" not in stages_of(second)
 
 
 def test_its_estimate_of_the_inverse_is_that_of_its_stages():
@@ -314,6 +326,7 @@ def test_its_estimate_of_the_inverse_is_that_of_its_stages():
     found = solve(solver, fn, torch.zeros_like(x), (x,), keep_state=True)
     estimate = solver.inverse(found.solver_state)
     (group,) = found.solver_state.groups
+    assert estimate is not None
     torch.testing.assert_close(estimate(x), Broyden().inverse(group.state)(x))
     assert Auto(stages=["anderson"]).inverse(found.solver_state) is None
 

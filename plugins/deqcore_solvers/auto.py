@@ -18,9 +18,9 @@ from .stages import RESTING, AutoState, Evaluates, Group, Why, subset, turned, w
 
 #: The stage that is left as soon as a step contracts too little.
 PLAIN = "fixed_point_iter"
-#: A residual is progress when it is this share of the last one that was. On maps that Broyden's method and Anderson
-#: acceleration solve, they go without for 7 steps at most.
-PROGRESS = 0.9
+#: A residual is progress when it is this share of the last one that was. On contractive maps Broyden's method and
+#: Anderson acceleration go without for 12 steps at most.
+PROGRESS = 0.5
 #: A residual of so many times the lowest one is divergence. Runs that recovered rose up to 1e3-fold.
 FAR = 1e4
 #: A sample goes on from its best state where its residual is so many times the lowest one; else from where it is. To
@@ -28,9 +28,9 @@ FAR = 1e4
 LOST = 100.0
 #: A sample put back to its best state so often is taken to be frozen by the loop.
 SETBACKS = 3
-#: The default stages. Newton steps are dear, and soon known to be in vain.
+#: The default stages. Damped iteration may crawl for ever; Newton steps are dear, and soon known to be in vain.
 STAGES = (
-    *("fixed_point_iter", "broyden", "anderson", "damped"),
+    *("fixed_point_iter", "broyden", "anderson", {"name": "damped", "patience": 8}),
     *({"name": "newton_krylov", "patience": 4}, {"name": "pseudo_transient", "patience": 10}),
 )
 #: Settings of a stage that the whole solve sets.
@@ -94,9 +94,8 @@ class AutoSettings(SolverSettings):
 
     @model_validator(mode="after")
     def _turning_is_a_stage(self) -> AutoSettings:
-        usual = type(self).model_fields["turning"].default
         names = [stage.name for stage in self.stages]
-        if self.turning not in names and self.turning != usual:
+        if self.turning not in (*names, type(self).model_fields["turning"].default):
             raise ValueError(f"turning={self.turning!r} is not among the stages: {', '.join(names)}")
         return self
 
@@ -117,9 +116,9 @@ class Auto(Solver[AutoSettings]):
     A step costs what the stages at work cost, one state more in memory, some reductions, and one wait for the device;
     evaluations of f are shared by all stages at work, products with J are not. f is always called for the whole batch.
     Samples that don't depend on each other have the same stages in any batch, but for two things: they leave the plain
-    stage together, and a stage of Newton's kind begins anew when others join it. Where f couples samples,
-    each stage sees the others' samples as they were at the last step. A stage that needs derivatives that f doesn't
-    have is left out, unless no other is left.
+    stage together, and a stage of Newton's kind begins anew when others join it. Where f couples samples, say so by
+    batch_dims=0; it goes on otherwise too, each stage seeing the others' samples as they were, but solves fewer maps.
+    A stage that needs derivatives that f doesn't have is left out, unless no other is left.
 
     ``info["stages"]`` has a dict for each stage used: ``solver``; ``samples`` that came to it, each time counted;
     ``steps``; ``nfe`` and ``products`` in these steps, the loop's own evaluations included; ``reason``, why they came.
@@ -133,9 +132,7 @@ class Auto(Solver[AutoSettings]):
         chosen = self.settings.stages
         common = {key: getattr(self.settings, key) for key in OURS if key not in ("max_nfe", "divergence_factor")}
         self.names = [stage.name for stage in chosen]
-        self._solvers: list[Solver[Any]] = [
-            registry.get("solvers", stage.name)(stage.model_copy(update=common)) for stage in chosen
-        ]
+        self._solvers = [registry.get("solvers", stage.name)(stage.model_copy(update=common)) for stage in chosen]
         self._plain = 0 if self.names[0] == PLAIN and len(chosen) > 1 else None
         turning = self.settings.turning
         self._turning = self.names.index(turning) if turning in self.names else None
@@ -199,8 +196,8 @@ class Auto(Solver[AutoSettings]):
     def inverse(self, state: AutoState) -> Callable[[Tensor], Tensor] | None:
         inverses: list[tuple[Group, Callable[[Tensor], Tensor]]] = []
         for group in state.groups:
-            none = group.stage == RESTING or group.state is None
-            inverse = None if none else self._solvers[group.stage].inverse(group.state)
+            ready = group.stage != RESTING and group.state is not None
+            inverse = self._solvers[group.stage].inverse(group.state) if ready else None
             if inverse is None:
                 return None
             inverses.append((group, inverse))
