@@ -30,6 +30,31 @@ def deqcore_solver():
     return Halfway
 """
 
+#: Every built-in name, kind by kind.
+BUILTINS = {
+    "solvers": [
+        "aitken",
+        "anderson",
+        "auto",
+        "broyden",
+        "chord",
+        "damped",
+        "fixed_point_iter",
+        "forward_backward",
+        "newton",
+        "newton_krylov",
+        "peaceman_rachford",
+        "pseudo_transient",
+        "simple_fixed_point_iter",
+    ],
+    "linear_solvers": ["bicgstab", "cg", "dense", "gmres", "neumann"],
+    "gradients": ["implicit", "phantom"],
+    "cores": ["indexing", "sliced"],
+    "norms": ["spectral_norm", "weight_norm"],
+    "regularizers": ["fixed_point_correction", "jacobian"],
+    "commands": ["demo"],
+}
+
 
 class Site:
     """A folder that counts as site-packages."""

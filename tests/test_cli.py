@@ -7,7 +7,7 @@ import sys
 from typing import Annotated, Literal
 
 import pytest
-from plugins_support import DISABLE, EXPLODES, SOLVER, run_python
+from plugins_support import BUILTINS, DISABLE, EXPLODES, SOLVER, run_python
 from pydantic import Field
 
 import deqcore
@@ -50,29 +50,6 @@ def deqcore_command():
     return app
 """
 COMMANDS = "deqcore.commands"
-BUILTINS = {
-    "solvers": [
-        "aitken",
-        "anderson",
-        "auto",
-        "broyden",
-        "chord",
-        "damped",
-        "fixed_point_iter",
-        "forward_backward",
-        "newton",
-        "newton_krylov",
-        "peaceman_rachford",
-        "pseudo_transient",
-        "simple_fixed_point_iter",
-    ],
-    "linear_solvers": ["bicgstab", "cg", "dense", "gmres", "neumann"],
-    "gradients": ["implicit", "phantom"],
-    "cores": ["indexing", "sliced"],
-    "norms": ["spectral_norm", "weight_norm"],
-    "regularizers": ["fixed_point_correction", "jacobian"],
-    "commands": ["demo"],
-}
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import ast
 import json
 from pathlib import Path
 
-from plugins_support import run_python
+from plugins_support import BUILTINS, run_python
 
 import deqcore
 
@@ -111,21 +111,7 @@ print(json.dumps([names, states, refused, solution["z"].tolist(), bool(solution.
 """
     )
     names, states, refused, z, converged = json.loads(out)
-    assert names["solvers"] == [
-        "aitken",
-        "anderson",
-        "auto",
-        "broyden",
-        "chord",
-        "damped",
-        "fixed_point_iter",
-        "forward_backward",
-        "newton",
-        "newton_krylov",
-        "peaceman_rachford",
-        "pseudo_transient",
-        "simple_fixed_point_iter",
-    ]
+    assert names["solvers"] == BUILTINS["solvers"]
     assert names["gradients"] == ["implicit", "phantom"]
     assert {"indexing", "sliced"} == set(names["cores"]) and {"spectral_norm", "weight_norm"} <= set(names["norms"])
     for key, (state, cause) in states.items():

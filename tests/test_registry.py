@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from plugins_support import EXPLODES, SOLVER, Point
+from plugins_support import BUILTINS, EXPLODES, SOLVER, Point
 
 import deqcore
 from deqcore import (
@@ -60,28 +60,7 @@ def test_provenance(site):
 
 def test_built_ins_come_through_the_same_index():
     entries = {(entry.kind, entry.name): entry for entry in registry.entries()}
-    for kind, names in {
-        "solvers": [
-            "aitken",
-            "anderson",
-            "auto",
-            "broyden",
-            "chord",
-            "damped",
-            "fixed_point_iter",
-            "forward_backward",
-            "newton",
-            "newton_krylov",
-            "peaceman_rachford",
-            "pseudo_transient",
-            "simple_fixed_point_iter",
-        ],
-        "linear_solvers": ["bicgstab", "cg", "dense", "gmres", "neumann"],
-        "gradients": ["implicit", "phantom"],
-        "cores": ["indexing", "sliced"],
-        "norms": ["spectral_norm", "weight_norm"],
-        "regularizers": ["fixed_point_correction", "jacobian"],
-    }.items():
+    for kind, names in BUILTINS.items():
         for name in names:
             entry = entries[kind, name]
             assert entry.builtin and entry.origin == "deqcore" and entry.version == deqcore.__version__

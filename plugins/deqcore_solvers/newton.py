@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deqcore import ConfigError, Problem, Solver, SolverSettings, Step, hookimpl
 
-from .shared import Products, done_at, norms, search
+from .shared import Products, advance, done_at, norms
 
 
 class NewtonSettings(SolverSettings):
@@ -68,14 +68,8 @@ class DenseNewton(Solver[NewtonS]):
         finite = torch.isfinite(direction).all(1, keepdim=True)  # a sample whose I - J is singular takes a plain step
         direction = torch.where(finite, direction, residual)
 
-        def evaluate(trial: Tensor) -> Tensor:
-            return state.products.evaluate(problem, trial)
-
-        if self.settings.line_search:
-            trial, fz = search(evaluate, z, residual, direction, limit)
-        else:
-            trial = z + direction
-            fz = evaluate(trial)
+        searched = self.settings.line_search
+        trial, fz = advance(problem, state.products, z, residual, direction, limit, searched)
         return Step(trial, state, fz)
 
     def is_stale(self, state: NewtonState, norm: Tensor, limit: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deqcore import Problem, Solver, Step, hookimpl
 
-from .shared import LinearSteps, LinearStepSettings, Products, done_at, norms, search
+from .shared import LinearSteps, LinearStepSettings, Products, advance, done_at, norms
 
 #: Eisenstat and Walker's choice 2: forcing = GAMMA * (residual / residual before)^2.
 GAMMA = 0.9
@@ -90,14 +90,8 @@ class NewtonKrylov(Solver[NewtonKrylovSettings]):
         direction, better = self._linear.solve(product, residual, tolerance, problem.eps(z))
         direction = torch.where(better, direction, residual)
 
-        def evaluate(trial: Tensor) -> Tensor:
-            return state.products.evaluate(problem, trial)
-
-        if self.settings.line_search:
-            trial, fz = search(evaluate, z, residual, direction, limit)
-        else:
-            trial = z + direction
-            fz = evaluate(trial)
+        searched = self.settings.line_search
+        trial, fz = advance(problem, state.products, z, residual, direction, limit, searched)
         return Step(trial, state, fz)
 
     def _forcing(self, state: NewtonKrylovState, norm: Tensor, limit: Tensor) -> Tensor:

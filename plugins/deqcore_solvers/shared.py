@@ -115,6 +115,26 @@ class Products:
         return found
 
 
+def advance(
+    problem: Problem,
+    products: Products,
+    z: Tensor,
+    residual: Tensor,
+    direction: Tensor,
+    limit: Tensor,
+    line_search: bool,
+) -> tuple[Tensor, Tensor]:
+    """The state that `direction` leads to, by a line search if asked, and f there."""
+
+    def evaluate(trial: Tensor) -> Tensor:
+        return products.evaluate(problem, trial)
+
+    if line_search:
+        return search(evaluate, z, residual, direction, limit)
+    trial = z + direction
+    return trial, evaluate(trial)
+
+
 class LinearStepSettings(SolverSettings):
     """Settings of a method whose every step solves a linear system by another solver."""
 
