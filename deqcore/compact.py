@@ -39,13 +39,11 @@ class Compaction:
         """Whether it is time for these to leave."""
         return int(leave.sum()) >= SHARE * len(leave)
 
-    def drop(self, monitor: Monitor, leave: Tensor) -> Tensor:
-        """Write down the samples `leave` (B bool) at their best, and return the indices of the others (int64)."""
+    def drop(self, monitor: Monitor, leave: Tensor, keep: Tensor) -> None:
+        """Write down the samples `leave` (B bool) at their best; go on with the others, `keep` (int64)."""
         self._write(monitor, monitor.journal.best(), leave)
         self.pieces.append((self.rows, monitor.trace()))
-        keep = (~leave).nonzero()[:, 0]
         self.rows = self.rows[keep]
-        return keep
 
     def whole(self, z: Tensor) -> Tensor:
         """The state of all samples, `z` being that of those present."""

@@ -33,6 +33,10 @@ class Run(NamedTuple):
     ended: bool = False
 
 
+def _has_own_loop(kind: Any) -> bool:
+    return kind.solve not in (Solver.solve, LinearSolver.solve)
+
+
 def check_loop(kind: type, settings: SolverSettings, compact: bool, batch_dims: int) -> None:
     """Refuse what a loop with this kind of solver can't do.
 
@@ -40,7 +44,7 @@ def check_loop(kind: type, settings: SolverSettings, compact: bool, batch_dims: 
         ConfigError: compact=True with another batch_dims than 1, or with a solver that isn't judged at every step; a
             bound that only the kernel's loop keeps, for a solver that brings its own.
     """
-    own = kind.solve not in (Solver.solve, LinearSolver.solve)  # type: ignore[attr-defined]
+    own = _has_own_loop(kind)
     if compact and batch_dims != 1:
         raise ConfigError(
             f"compact=True needs batch_dims=1, one equilibrium a row of the batch; got batch_dims={batch_dims}."
@@ -125,7 +129,7 @@ class _Loop:
         self.monitor = monitor = kind(problem, z, settings, options.scale, options.keep_trace)
         if settings.max_iter == 0:
             return Run(monitor.skipped(), [z] * len(options.sample_at))
-        if type(solver).solve not in (Solver.solve, LinearSolver.solve):
+        if _has_own_loop(type(solver)):
             return self._own_loop(z)
         monitor.recovers = solver.monitored
         self.compaction: Compaction | None = None
@@ -200,7 +204,7 @@ class _Loop:
         keep = (~leave).nonzero()[:, 0]
         self.problem.narrow(keep, z, fz)
         self.compaction = books
-        books.drop(monitor, leave)
+        books.drop(monitor, leave, keep)
         self.monitor = monitor.narrowed(keep)
         there = keep.to(z.device)
         return z[there], fz[there], self.solver.select(state, there)

@@ -10,12 +10,17 @@ from torch import Tensor
 from .report import Best, Tolerance
 from .rows import Rows
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "kept_states"]
 
 #: States are kept by reference up to this many bytes, MOST at most; beyond, they are merged. A merge at every step
 #: would cost a small state more than the step; many kept make every evaluation write to fresh memory.
 KEPT_BYTES = 1 << 18
 MOST = 32
+
+
+def kept_states(z: Tensor) -> int:
+    """How many states like `z` are kept by reference."""
+    return max(1, min(MOST, KEPT_BYTES // max(z.numel() * z.element_size(), 1)))
 
 
 class Journal:
@@ -38,7 +43,7 @@ class Journal:
         self.residuals: list[Any] = []
         self.sizes: list[Any] = []
         self.steps: list[int] = []
-        self.limit = max(1, min(MOST, KEPT_BYTES // max(start.z.numel() * start.z.element_size(), 1)))
+        self.limit = kept_states(start.z)
         self.aside: Tensor | None = None  # (B,) bool of samples that say nothing about a whole state any more
         self._head = start  # the best of what was merged
         self._states: list[Tensor] = []  # what came since

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .journal import KEPT_BYTES, MOST
+from .journal import kept_states
 from .problem import Problem
 from .report import Best, Report, Tolerance, Trace
 from .rows import Rows, tensor_rows
@@ -44,7 +44,7 @@ class Recorder:
         self.residuals: list[Tensor] = []
         self.sizes: list[Tensor] = []
         self.steps: list[int] = []
-        self.limit = max(1, min(MOST, KEPT_BYTES // max(z.numel() * z.element_size(), 1)))
+        self.limit = kept_states(z)
         nothing = z.new_full((z.shape[0],), math.inf)
         self._window: list[Tensor] = []
         self._head = Best(z, nothing, nothing, torch.zeros(z.shape[0], dtype=torch.int64, device=z.device))
@@ -73,10 +73,6 @@ class Recorder:
 
     def hold(self, z: Tensor) -> Tensor:
         return z
-
-    def leavers(self, step: int) -> Tensor | None:
-        """Nobody leaves a run of a fixed number of steps."""
-        return None
 
     def _settle(self) -> None:
         """Choose among the head and the states since."""

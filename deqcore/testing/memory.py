@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ def peak_bytes(call: Call, device: torch.device | str = "cpu") -> int:
         call: what to measure. What it returns is held until the end, so that a result counts.
         device: where its tensors are.
     """
+    gc.collect()  # what is released in between, but was there before, would hide what is taken
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

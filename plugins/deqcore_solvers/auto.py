@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deqcore import GradientModeError, Problem, Solver, SolverChoice, SolverSettings, Step, hookimpl, registry
 
-from .shared import FLOOR_SPACINGS
+from .shared import FLOOR_SPACINGS, set_otherwise
 from .stages import RESTING, AutoState, Evaluates, Group, Why, subset, turned, without_evaluations
 
 #: The stage that is left as soon as a step contracts too little.
@@ -81,11 +81,10 @@ class AutoSettings(SolverSettings):
         if not value:  # min_length would speak up about bad items as well
             raise ValueError("give one stage at least")
         for stage in value:
-            usual = {key: type(stage).model_fields[key].default for key in OURS}
-            given = [f"{key}={getattr(stage, key)!r}" for key in OURS if getattr(stage, key) != usual[key]]
+            given = set_otherwise(stage, OURS)
             if given:
                 raise ValueError(
-                    f"{', '.join(given)} can't be set for stage {stage.name!r}: it ends with the whole solve. Set it "
+                    f"{given} can't be set for stage {stage.name!r}: it ends with the whole solve. Set it "
                     "beside stages; a stage's own patience says when to go on to the next one"
                 )
             if registry.get("solvers", stage.name).solve is not Solver.solve:

@@ -239,8 +239,8 @@ def _cut(state: BroydenState, keep: int) -> None:
     turn = torch.cholesky_solve(cross * size[:, :, None], factor) * size[:, :, None]
     usable = (info == 0) & torch.isfinite(turn).all(-1).all(-1)
     turn = torch.where(usable[:, None, None], turn, 0.0)
-    size = -(-known.shape[2] // (PARTS * count)) if known[:, 0].numel() >= LARGE_STATE else known.shape[2]
-    for left, right in zip(state.left[:, :count].split(size, 2), known.split(size, 2), strict=True):
+    piece = -(-known.shape[2] // (PARTS * count)) if known[:, 0].numel() >= LARGE_STATE else known.shape[2]
+    for left, right in zip(state.left[:, :count].split(piece, 2), known.split(piece, 2), strict=True):
         left[:, :keep] = torch.bmm(turn, left)
         right[:, :keep] = right[:, count - keep :].clone()
     state.count = keep

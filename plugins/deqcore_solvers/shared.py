@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,15 +19,14 @@ from deqcore import (
     iterate,
     registry,
 )
+from deqcore.report import FLOOR_SPACINGS
 
-__all__ = ["LinearStepSettings", "LinearSteps", "Products", "done_at", "norms", "search"]
+__all__ = ["LinearStepSettings", "LinearSteps", "Products", "advance", "done_at", "norms", "search", "set_otherwise"]
 
 #: Residual decrease that a step must bring to be taken (Armijo's constant).
 DECREASE = 1e-4
 #: Lengths that a line search tries before it gives up on a direction.
 TRIALS = 8
-#: Residuals up to this many spacings of the dtype, relative to ||f(z)||, are rounding error: nothing can lower them.
-FLOOR_SPACINGS = 4.0
 #: A linear solve that leaves more of its residual than this has failed: what it found is next to nothing.
 LOWER = 0.99
 #: Settings of a linear solver that the outer method sets.
@@ -47,6 +46,14 @@ def done_at(settings: SolverSettings, problem: Problem, fz: Tensor) -> Tensor:
     order = math.inf if settings.residual_norm == "max" else 2
     size = torch.linalg.vector_norm(fz, order, 1, True)
     return torch.maximum(atol + rtol * size, FLOOR_SPACINGS * problem.eps(fz) * size)
+
+
+def set_otherwise(settings: SolverSettings, keys: Iterable[str]) -> str:
+    """Those of `keys` that are not at their defaults, as text; a configuration that was written out holds those too."""
+    fields = type(settings).model_fields
+    return ", ".join(
+        f"{key}={getattr(settings, key)!r}" for key in keys if getattr(settings, key) != fields[key].default
+    )
 
 
 class Products:
@@ -150,12 +157,10 @@ class LinearStepSettings(SolverSettings):
     @field_validator("linear_solver", mode="after")
     @classmethod
     def _leave_the_end_to_us(cls, value: SolverSettings) -> SolverSettings:
-        # A configuration that was written out holds the defaults too; those say nothing.
-        usual = {key: type(value).model_fields[key].default for key in OURS}
-        given = [f"{key}={getattr(value, key)!r}" for key in OURS if getattr(value, key) != usual[key]]
+        given = set_otherwise(value, OURS)
         if given:
             raise ValueError(
-                f"{', '.join(given)} can't be set for linear_solver: every step sets how closely it is solved. Use "
+                f"{given} can't be set for linear_solver: every step sets how closely it is solved. Use "
                 "forcing and max_linear of the solver itself"
             )
         return value
