@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import alias as _alias
 from . import startup as _startup
+from .adjoint import attach_adjoint
 from .config import DEQConfig
 from .deq import DEQ, get_deq, reset_deq
 from .dropout import (
@@ -129,6 +130,7 @@ __all__ = [
     "VariationalDropout3d",
     "add_deq_args",
     "apply_norm",
+    "attach_adjoint",
     "current_scope",
     "fp_correction",
     "get_deq",

@@ -12,12 +12,12 @@ from .errors import GradientModeError
 from .problem import Linearization, LinearProblem, Problem
 from .solution import Solution
 
-__all__ = ["attach"]
+__all__ = ["attach_adjoint"]
 
 SolveAdjoint = Callable[[LinearProblem], Solution]
 
 
-def attach(problem: Problem, solution: Solution, solve: SolveAdjoint) -> Tensor:
+def attach_adjoint(problem: Problem, solution: Solution, solve: SolveAdjoint, exact: bool = False) -> Tensor:
     """The state in `solution` as an implicit function of whatever f depends on.
 
     One evaluation of f with its graph, at the state: its derivative in f's inputs is used as it is, and the one in z
@@ -27,6 +27,8 @@ def attach(problem: Problem, solution: Solution, solve: SolveAdjoint) -> Tensor:
         problem: f on packed states.
         solution: holds the packed state under ``"z"``; told about the backward solve by :meth:`Solution.report`.
         solve: solves u = J^T u + b for the problem it is given.
+        exact: whether `solve` solves it, and what I - J puts in J^T's place, to a tolerance. Further derivatives are
+            made of further such solves; what takes something else for the solution gives first derivatives only.
 
     Returns:
         the state, shape (batch, features), differentiable once.

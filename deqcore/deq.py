@@ -204,7 +204,8 @@ class DEQ(nn.Module):
         spec = StateSpec.of(z0, self.config.batch_dims)
         problem = Problem.of(fn, spec, tuple(args))  # pyright: ignore[reportUnknownArgumentType]
         if warm_start is None:
-            z = spec.pack(z0).detach()
+            problem.start = spec.pack(z0)
+            z = problem.start.detach()
             return problem, z if solver.settings.is_fixed else finite(z, "z0"), None
         if not isinstance(warm_start, Solution):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise StateTypeError(f"warm_start takes the info of an earlier call, got {type(warm_start).__name__}.")
@@ -213,11 +214,12 @@ class DEQ(nn.Module):
         z: Tensor = warm_start["z"]
         if tuple(z.shape) != (spec.batch, spec.features):  # its spec was lost in a pickle
             raise StateError(f"warm_start is for a packed state of shape {tuple(z.shape)}; this call's is {spec}.")
-        made_by, state = warm_start.solver_state or (None, None)
+        made_by = type(warm_start.solver)
         z = z.to(spec.device, spec.dtype)
         if not solver.settings.is_fixed:  # to look would be to wait for the device
             finite(z, "warm_start")
-        return problem, z, state if made_by is type(solver) else None
+        problem.start = z
+        return problem, z, warm_start.solver_state if made_by is type(solver) else None
 
     def _regularize(self, problem: Problem, states: list[Tensor], info: Solution) -> None:
         if not self.regularizers:
@@ -259,6 +261,7 @@ class _Call:
         self.writer = writer
         self.callback = callback
         self.warm_state = warm_state
+        self.keeps_state = self.config.keep_state or any(gradient.needs_state for gradient in self.gradients)
 
     def solve(self, z: Tensor, steps: int, sample_at: list[int], start: int = 0) -> Run:
         """Solve for `steps` steps from `z`, which earlier stretches reached at step `start`."""
@@ -276,14 +279,13 @@ class _Call:
                 check_every=config.check_every,
                 compact=config.compact,
                 keep_trace=config.keep_trace,
-                keep_state=config.keep_state,
+                keep_state=self.keeps_state,
                 warm_state=self.warm_state,
                 callback=self.callback if start == 0 else _counting_from(start, self.callback),
             )
         solution = run.solution
         self.warm_state = None
-        if config.keep_state:
-            solution.solver_state = (type(solver), solution.solver_state)
+        solution.solver = solver
         if solution["z"] is z:
             solution["z"] = z.clone()  # the caller's own z0 is not handed out
         return run
@@ -312,7 +314,7 @@ class _Call:
                 self.judge(run.solution)
             states += self._attach_all(stretches, run)
             z, start, first = states[-1].detach(), stretches[-1].stop, last + 1
-        return states, run.solution
+        return states, self.told(run.solution)
 
     def _attach_all(self, stretches: list[Stretch], run: Run) -> list[Tensor]:
         states: list[Tensor] = []
@@ -346,7 +348,13 @@ class _Call:
         if sradius_mode:
             sradius = spectral_radius(self.problem, solution["z"])
         solution["sradius"] = sradius
-        return [state], solution
+        return [state], self.told(solution)
+
+    def told(self, solution: Solution) -> Solution:
+        """`solution` as the caller gets it: with the solver's state only where that was asked for."""
+        if not self.config.keep_state:
+            solution.solver_state = None
+        return solution
 
 
 def _counting_from(start: int, callback: Callback | None) -> Callback | None:

@@ -161,17 +161,22 @@ class GradientBackend(Plugin[GradientS]):
     settings_type: ClassVar[type[Settings]] = GradientSettings
     #: True where the method is only right at an equilibrium, so that earlier states of a trajectory need another.
     needs_equilibrium: ClassVar[bool] = False
+    #: True where :meth:`adjoint` solves its equation to a tolerance, so that every derivative can be made of such solves.
+    exact: ClassVar[bool] = False
+    #: True where :meth:`attach` looks at the solver's state: ``solution.solver_state``, ``solution.inverse()``.
+    needs_state: ClassVar[bool] = False
 
     def attach(self, problem: Problem, solution: Solution) -> Tensor | list[Tensor]:
         """A state (or several, the last being the one to go on from) that carries a gradient.
 
         Args:
             problem: calling it with grad enabled records f's graph.
-            solution: ``solution["z"]`` is the packed state found, detached, shape (batch, features).
+            solution: ``solution["z"]`` is the packed state found, detached, shape (batch, features). ``.solver`` found
+                it, from ``problem.start``.
         """
-        from .adjoint import attach
+        from .adjoint import attach_adjoint
 
-        return attach(problem, solution, self.adjoint)
+        return attach_adjoint(problem, solution, self.adjoint, self.exact)
 
     def adjoint(self, problem: LinearProblem) -> Solution:
         """Solve u = J^T u + b, with ``problem.b`` the cotangent that came in; ``["z"]`` of the result is u."""

@@ -38,11 +38,13 @@ class Problem:
         njvp: products with the Jacobian so far.
         fn: the user's function, for a method that needs more of it than values; None where there is none.
         args: its further arguments.
+        start: the packed state that the call started from, with the caller's own graph behind it.
         call: f on packed states, not counted.
     """
 
     fn: Callable[..., Any] | None = None
     args: tuple[Any, ...] = ()
+    start: Tensor | None = None
     #: The autocast dtype that f is called under, if any.
     autocast: torch.dtype | None = None
 

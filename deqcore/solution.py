@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import ConvergenceError, ConvergenceWarning
 
 if TYPE_CHECKING:
+    from .interfaces import Solver
     from .state import StateSpec
 
 __all__ = ["OnFailure", "Solution", "Stats", "Status"]
@@ -88,6 +89,7 @@ class Solution(MutableMapping[str, Any]):
 
     Attributes:
         spec: how packed states relate to the user's.
+        solver: the solver that found it.
         solver_state: the solver's own state, kept with ``keep_state=True``.
     """
 
@@ -95,6 +97,7 @@ class Solution(MutableMapping[str, Any]):
         self._values: dict[str, Any] = dict(values)
         self._pending = {key for key, value in values.items() if callable(value)}
         self.spec = spec
+        self.solver: Solver[Any] | None = None
         self.solver_state = solver_state
         #: Statuses that are no failure of this solve besides those that never are: a run of a fixed number of steps
         #: was not asked to reach a tolerance.
@@ -105,6 +108,13 @@ class Solution(MutableMapping[str, Any]):
 
         #: Called with the Solution of a backward solve as soon as there is one.
         self.on_backward: Callable[[Solution], Any] | None = None
+
+    def inverse(self) -> Callable[[Tensor], Tensor] | None:
+        """The solver's estimate of (I - J)^-1 as a map of (batch, features) tensors; None where it has none, or where
+        its state was not kept."""
+        if self.solver is None or self.solver_state is None:
+            return None
+        return self.solver.inverse(self.solver_state)
 
     def report(self, backward: Solution) -> None:
         """Take note of a backward solve: it becomes ``["backward"]``, writers and the failure policy hear of it."""
@@ -138,6 +148,7 @@ class Solution(MutableMapping[str, Any]):
             "_values": dict(self.items()),
             "_pending": set(),
             "spec": None,
+            "solver": None,
             "solver_state": None,
             "accepted": self.accepted,
             "waits": self.waits,

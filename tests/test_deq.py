@@ -483,7 +483,7 @@ def test_a_warm_start_takes_fewer_evaluations(solver, keep_state):
     cold = Counted(lambda z: torch.tanh(z @ w + x))
     z0 = torch.zeros(8, 16, dtype=torch.float64)
     exact, info = deq(cold, z0)
-    assert (info.solver_state is not None) == keep_state
+    assert (info.solver_state is not None) == (keep_state and solver != "fixed_point_iter")  # it has no state
     again = Counted(cold.fn)
     z_out, _ = deq(again, z0, warm_start=info)
     assert again.calls <= 4

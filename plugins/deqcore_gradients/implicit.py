@@ -93,6 +93,7 @@ class Implicit(GradientBackend[ImplicitSettings]):
     """
 
     needs_equilibrium: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
     #: True once a backward has found that f couples rows and that going row by row fails.
     coupled = False
 
