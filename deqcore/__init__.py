@@ -40,6 +40,7 @@ from .errors import (
     UnknownKeyError,
     UnknownPluginError,
 )
+from .functional import fixed_point
 from .functions import register_deq, register_solver
 from .hookspecs import hookimpl
 from .interfaces import Core, GradientBackend, LinearSolver, Norm, Plugin, Regularizer, Solver, Step, Stretch
@@ -132,6 +133,7 @@ __all__ = [
     "apply_norm",
     "attach_adjoint",
     "current_scope",
+    "fixed_point",
     "fp_correction",
     "get_deq",
     "get_solver",

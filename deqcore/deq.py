@@ -10,15 +10,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .adjoint import TRANSFORMS
 from .choice import overlay
 from .config import Arguments, DEQConfig
-from .errors import ConfigError, ConfigTypeError, FunctionTypeError, StateError, StateTypeError
-from .frames import caller
+from .errors import ConfigError, ConfigTypeError, FunctionTypeError, GradientModeError, StateError, StateTypeError
 from .functions import FactoryCore
 from .interfaces import Core, GradientBackend, Regularizer, Solver, Stretch
 from .iterate import Callback, Run, check_loop, iterate
 from .legacy import torchdeq_order
 from .problem import Problem
+from .products import has_tangent, in_forward_mode, transforming
 from .progress import progress_bar
 from .registry import registry
 from .scope import SolveScope
@@ -138,7 +139,9 @@ class DEQ(nn.Module):
                     fn, z0, args, solver_kwargs, sradius_mode, backward_writer, warm_start, callback, progress
                 ),
             )
-        solver = self._solver_for(solver_kwargs)
+        if transforming():
+            raise GradientModeError(TRANSFORMS)
+        solver = self.solver_for(solver_kwargs)
         bar = progress_bar(solver.settings.max_iter, callback) if progress else nullcontext(callback)
         with SolveScope(), bar as callback:
             problem, z, warm_state = self._pose(fn, z0, args, warm_start, solver)
@@ -152,7 +155,7 @@ class DEQ(nn.Module):
         info["nvjp"], info["njvp"] = problem.nvjp, problem.njvp
         return z_out, info
 
-    def _solver_for(self, options: Mapping[str, Any] | None) -> Solver[Any]:
+    def solver_for(self, options: Mapping[str, Any] | None) -> Solver[Any]:
         """The solver with this call's options and this mode's step limit; made once for each set of options."""
         if options is not None and not isinstance(options, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigTypeError(f"solver_kwargs must be a dict of settings for this call, got {shown(options)}.")
@@ -203,6 +206,8 @@ class DEQ(nn.Module):
             )
         spec = StateSpec.of(z0, self.config.batch_dims)
         problem = Problem.of(fn, spec, tuple(args))  # pyright: ignore[reportUnknownArgumentType]
+        if in_forward_mode():
+            problem.call = _without_tangents(problem.call)
         if warm_start is None:
             problem.start = spec.pack(z0)
             z = problem.start.detach()
@@ -292,10 +297,7 @@ class _Call:
 
     def judge(self, solution: Solution, what: str = "forward solve") -> None:
         """Ignore, warn of or raise what failed, in the name of the user's own line."""
-        on_failure = self.config.on_failure
-        looks = solution.waits or on_failure == "raise"
-        if on_failure != "ignore" and looks and solution.failed():
-            solution.apply_policy(on_failure, what, stacklevel=caller() + 1)
+        solution.judged(self.config.on_failure, what)
 
     def train(self, z: Tensor) -> tuple[list[Tensor], Solution]:
         """Solve stretch by stretch as the core plans, and attach each one's gradient."""
@@ -355,6 +357,18 @@ class _Call:
         if not self.config.keep_state:
             solution.solver_state = None
         return solution
+
+
+def _without_tangents(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`call`, where tangents of forward mode would go through the solver's steps, which are no equilibrium's."""
+
+    def checked(z: Tensor) -> Tensor:
+        fz = call(z)
+        if has_tangent(fz):
+            raise GradientModeError(TRANSFORMS)
+        return fz
+
+    return checked
 
 
 def _counting_from(start: int, callback: Callback | None) -> Callback | None:

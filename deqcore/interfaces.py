@@ -161,8 +161,10 @@ class GradientBackend(Plugin[GradientS]):
     settings_type: ClassVar[type[Settings]] = GradientSettings
     #: True where the method is only right at an equilibrium, so that earlier states of a trajectory need another.
     needs_equilibrium: ClassVar[bool] = False
-    #: True where :meth:`adjoint` solves its equation to a tolerance, so that every derivative can be made of such solves.
+    #: True where :meth:`adjoint` solves its equation to a tolerance: every derivative can be made of such solves.
     exact: ClassVar[bool] = False
+    #: True where :meth:`attach` evaluates f and combines tensors, no more: torch.func can transform that.
+    transforms: ClassVar[bool] = False
     #: True where :meth:`attach` looks at the solver's state: ``solution.solver_state``, ``solution.inverse()``.
     needs_state: ClassVar[bool] = False
 

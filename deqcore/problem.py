@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .captures import mark_own
 from .errors import FunctionError, GradientModeError
 from .part import Part
 from .state import StateSpec
@@ -163,7 +164,7 @@ class Problem:
         """
         _derivatives_are_on()
         with torch.enable_grad():
-            z = z.detach().requires_grad_()
+            z = mark_own(z.detach().requires_grad_())
             return Linearization(self, z, self(z))
 
 
@@ -237,7 +238,7 @@ class Linearization:
             return torch.zeros_like(tangent)
         if self._pulled is None:
             with torch.enable_grad():
-                dummy = torch.zeros_like(self.fz, requires_grad=True)
+                dummy = mark_own(torch.zeros_like(self.fz, requires_grad=True))
                 (pulled,) = torch.autograd.grad(self.fz, self.z, dummy, create_graph=True, allow_unused=True)
             self._pulled = dummy, pulled
         dummy, pulled = self._pulled

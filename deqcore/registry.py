@@ -66,6 +66,8 @@ class Registry:
         self._warned: set[tuple[str, str]] = set()
         self._loader = Loader()
         self._lock = threading.RLock()
+        #: Another object after every change of what a name may mean.
+        self.version = object()
 
     # ---- the index
 
@@ -310,6 +312,7 @@ class Registry:
                 "this process."
             )
         self._local.setdefault(kind, {})[name] = entry
+        self.version = object()
         return obj
 
     @contextmanager
@@ -318,6 +321,7 @@ class Registry:
         saved = dict(self.__dict__)
         self._local = {kind: dict(entries) for kind, entries in self._local.items()}
         self._warned = set(self._warned)
+        self.version = object()
         if entry_points is not None:
             self._points = list(entry_points)
             self._forget()
@@ -337,6 +341,7 @@ class Registry:
     def _forget(self) -> None:
         with self._lock:
             self._index, self._strays, self._warned, self._loader = None, [], set(), Loader()
+            self.version = object()
 
 
 def _kinds(text: str) -> tuple[str, ...]:

@@ -53,6 +53,15 @@ class SolveScope:
         finally:
             self.rows = outer
 
+    @contextmanager
+    def again(self) -> Generator[None]:
+        """The scope once more, for evaluations of f after the solve: a backward's."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returned for `key` the first time; it runs with the grad mode in which the scope was made."""
         if key not in self._made:

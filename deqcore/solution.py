@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConvergenceError, ConvergenceWarning
+from .frames import caller
 
 if TYPE_CHECKING:
     from .interfaces import Solver
@@ -205,6 +206,13 @@ class Solution(MutableMapping[str, Any]):
         warnings.warn(
             self.summary(what) + '. (on_failure="ignore" silences this, "raise" stops.)', ConvergenceWarning, stacklevel
         )
+
+    def judged(self, on_failure: OnFailure, what: str) -> None:
+        """As :meth:`apply_policy`, in the name of the user's own line; only what waited for its device anyway, or what
+        is to raise, is looked at."""
+        looks = self.waits or on_failure == "raise"
+        if on_failure != "ignore" and looks and self.failed():
+            self.apply_policy(on_failure, what, stacklevel=caller() + 1)
 
     def __repr__(self) -> str:
         if "status" not in self._values:

@@ -34,7 +34,7 @@ def test_with_a_stop_test_f_is_compiled_once_and_nothing_again(solver):
         assert len(graphs.with_call(torch.tanh)) == 1
         assert breaks() <= len(info["abs_trace"][0])  # one a check at most
         # The one graph before the solve, and f.
-        assert len(graphs.found) == 2
+        assert len(graphs.found) == 1  # of the solve; the gradient's own evaluation is watched, which dynamo sits out
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -119,7 +119,7 @@ def test_a_function_that_the_user_compiled(backend):
     right[-1].pow(3).sum().backward()
     torch.testing.assert_close(z_out[-1], right[-1], atol=1e-12, rtol=0)
     torch.testing.assert_close(mine, layer.weight.grad, atol=1e-9, rtol=0)
-    assert len(graphs.found) == 2
+    assert len(graphs.found) == 1  # of the solve; the gradient's own evaluation is watched, which dynamo sits out
 
 
 def test_the_function_of_a_solver():

@@ -102,12 +102,12 @@ def test_options_of_every_sort_per_call():
         ({}, "memory", 6),
         (None, "tol", 1e-4),
     ):
-        solver = deq._solver_for(options)
+        solver = deq.solver_for(options)
         assert getattr(solver.settings, field) == value
         assert solver.settings.memory == (3 if field == "memory" and value == 3 else 6)
         deq(slow, Z0, solver_kwargs=options)
-    assert get_deq(solver={"rtol": 1e-3})._solver_for({"tol": 1e-5}).settings.thresholds() == (1e-5, 0.0)
-    assert get_deq("broyden")._solver_for({"LBFGS_thres": None, "ls": True}).settings.line_search
+    assert get_deq(solver={"rtol": 1e-3}).solver_for({"tol": 1e-5}).settings.thresholds() == (1e-5, 0.0)
+    assert get_deq("broyden").solver_for({"LBFGS_thres": None, "ls": True}).settings.line_search
 
 
 def test_per_call_options_change_that_call_only(plain):
@@ -159,7 +159,7 @@ def test_options_that_are_no_plain_values():
     deq = get_deq(on_failure="ignore")
     for value in (2, 5):
         options = {"max_iter": value, "tol": torch.tensor(0.0, dtype=torch.float64)}
-        assert deq._solver_for(options) is not deq._solver_for(options)
+        assert deq.solver_for(options) is not deq.solver_for(options)
         assert steps(deq, options) == value
 
 

@@ -37,6 +37,8 @@ class Phantom(GradientBackend[PhantomSettings]):
     (AAAI 2022).
     """
 
+    transforms: ClassVar[bool] = True
+
     def attach(self, problem: Problem, solution: Solution) -> Tensor | list[Tensor]:
         settings = self.settings
         z: Tensor = solution["z"]
