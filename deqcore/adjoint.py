@@ -11,7 +11,7 @@ from torch import Tensor
 from .captures import Captures, Closure, substituted
 from .errors import GradientModeError
 from .problem import Linearization, LinearProblem, Problem
-from .products import forward_levels, is_batched_cotangent, pull, push, record, transforming
+from .products import alive, forward_levels, is_batched_cotangent, pull, push, record, settled, transforming
 from .scope import SolveScope, current_scope
 from .solution import Solution
 
@@ -98,7 +98,7 @@ class Equilibrium(torch.autograd.Function):
         further = torch.is_grad_enabled() or transforming()
         if ctx.is_native and not further:
             return None, _native(relation, cotangent), *[None] * (len(ctx.needs_input_grad) - 2)
-        z, *values = ctx.saved_tensors
+        z, *values = map(alive, ctx.saved_tensors)
         if ctx.is_native and not relation.is_whole(z, values):  # type: ignore[attr-defined]
             with torch.no_grad():
                 adjoint = _native(relation, cotangent.detach())
@@ -110,7 +110,7 @@ class Equilibrium(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         relation: Relation = ctx.relation
-        z, *values = ctx.saved_tensors
+        z, *values = map(alive, ctx.saved_tensors)
         if relation.is_constant:
             return torch.zeros_like(z)
         moved = push(lambda *given: relation.evaluate(z, *given), values, tangents[3:])
@@ -132,7 +132,8 @@ def _parts(
     """The cotangent's product with dz/dvalue for each of `values`."""
     if torch.is_grad_enabled() or transforming():
         u = _adjoint(relation, True, cotangent, z, *values)
-        return pull(lambda *given: relation.evaluate(z, *given), values, u, wanted)
+        parts = pull(lambda *given: relation.evaluate(z, *given), values, u, wanted)
+        return settled(parts, (cotangent, z, *values))
     linearized, inputs = relation.linearize(z, values)
     u = relation.solve(linearized, cotangent, True)
     where = [k for k, value in enumerate(inputs) if wanted[k] and value.requires_grad]
@@ -164,17 +165,17 @@ class Adjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         relation: Relation = ctx.relation
-        u, z, *values = ctx.saved_tensors
+        u, z, *values = map(alive, ctx.saved_tensors)
         v = _adjoint(relation, not ctx.transposed, cotangents[0], z, *values)
         inner, outer = (u, v) if ctx.transposed else (v, u)
         wanted = ctx.needs_input_grad[3:]
         parts = pull(lambda *point: _times(relation, True, inner, *point), (z, *values), outer, wanted)
-        return None, None, v, *parts
+        return None, None, *settled((v, *parts), (cotangents[0], u, z, *values))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         relation: Relation = ctx.relation
-        u, *point = ctx.saved_tensors
+        u, *point = map(alive, ctx.saved_tensors)
         moved = push(lambda *given: _times(relation, ctx.transposed, u, *given), point, tangents[3:])
         b = tangents[2]
         return _adjoint(relation, ctx.transposed, moved if b is None else moved + b, *point)

@@ -60,6 +60,8 @@ class DEQ(nn.Module):
         self.regularizers: list[Regularizer[Any]] = [registry.create("regularizers", r) for r in config.regularizers]
         self._solvers: dict[str, Solver[Any]] = {}
         check_loop(type(self.solver), config.solver, config.compact, config.batch_dims)
+        for gradient in self.gradients:
+            gradient.check(self.solver, config.compact)
 
     def _before(self, last: GradientBackend[Any]) -> list[GradientBackend[Any]]:
         """Backends of the states before the last one."""
@@ -316,6 +318,7 @@ class _Call:
                 self.judge(run.solution)
             states += self._attach_all(stretches, run)
             z, start, first = states[-1].detach(), stretches[-1].stop, last + 1
+            self.problem.start = z
         return states, self.told(run.solution)
 
     def _attach_all(self, stretches: list[Stretch], run: Run) -> list[Tensor]:

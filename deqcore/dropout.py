@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, ClassVar, Literal
 
@@ -24,6 +25,28 @@ __all__ = [
 
 #: Spatial dimensions by their number, as documentation writes them.
 SPATIAL = {1: ("L",), 2: ("H", "W"), 3: ("T", "H", "W")}
+
+
+def mask_of(
+    scope: SolveScope, owner: nn.Module, x: Tensor, draw: Callable[[Tensor], Tensor], shape: tuple[int, ...] = ()
+) -> Tensor:
+    """The solve's mask of `owner` for `x`; where finished samples have left the batch, that of those still there.
+
+    Args:
+        scope: of the solve.
+        owner: the module that the mask is for.
+        x: its input.
+        draw: makes the mask for an input.
+        shape: of the mask for `x`, where it is not that of `x`.
+    """
+    kind = (owner, x.dtype, x.device)
+    if scope.rows is None or x.shape[0] != len(scope.rows[0]):
+        return scope.once((*kind, shape or x.shape), lambda: draw(x))
+    rows, batch = scope.rows
+    whole = x[:1].expand(batch, *x.shape[1:])
+    alike = (batch, *shape[1:]) if shape and shape[0] == len(rows) else shape or whole.shape
+    mask: Tensor = scope.once((*kind, alike), lambda: draw(whole))
+    return mask[rows.to(mask.device)] if mask.shape[0] == batch else mask
 
 
 class VariationalDropout(nn.Module):
@@ -65,20 +88,11 @@ class VariationalDropout(nn.Module):
             return x
         scope = current_scope()
         if scope is not None:
-            return x * self._mask_of(scope, shape, x)
+            return x * mask_of(scope, self, x, self.reset_mask, shape)
         mask = self.mask
         if mask is None or not self._fits(mask, shape, x):
             mask = self.reset_mask(x)
         return x * mask
-
-    def _mask_of(self, scope: SolveScope, shape: tuple[int, ...], x: Tensor) -> Tensor:
-        """The solve's mask for `x`; where finished samples have left the batch, that of those that are still there."""
-        if scope.rows is None or x.shape[0] != len(scope.rows[0]):
-            return scope.once((self, shape, x.dtype, x.device), lambda: self.reset_mask(x))
-        rows, batch = scope.rows
-        whole = x[:1].expand(batch, *x.shape[1:])
-        mask: Tensor = scope.once((self, self.mask_shape(whole), x.dtype, x.device), lambda: self.reset_mask(whole))
-        return mask[rows.to(mask.device)] if mask.shape[0] == batch else mask
 
     def mask_shape(self, x: Tensor) -> tuple[int, ...]:
         """Shape of the mask for `x`."""

@@ -17,7 +17,7 @@ from .errors import ConfigError, FunctionTypeError, GradientModeError
 from .interfaces import GradientBackend, Solver
 from .iterate import iterate
 from .problem import Problem
-from .products import in_forward_mode, plain, transforming, varies
+from .products import alive, in_forward_mode, plain, refuse_tracing, transforming, varies, without_gradient
 from .registry import registry
 from .scope import SolveScope, current_scope
 from .settings import SolverSettings
@@ -72,17 +72,22 @@ def fixed_point(
         >>> round(float(torch.func.grad(slope)(torch.tensor(0.3))), 2)
         -3.07
     """
-    deq = _deq_for(keywords)
     if not callable(fn):
         raise FunctionTypeError(f"f must be callable, got {type(fn).__name__}: fixed_point(fn, z0).")
+    if torch.compiler.is_compiling():
+        from . import compiled  # it imports dynamo
+
+        return compiled.beside(fixed_point, fn, z0, args, return_info=return_info, **keywords)
+    deq = _deq_for(keywords)
     if not isinstance(args, tuple | list):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise FunctionTypeError(
             f"args must be a tuple of fn's further arguments, got {type(args).__name__}: args=(x,)."
         )
+    refuse_tracing()
     with SolveScope():
         spec = StateSpec.of(z0, deq.config.batch_dims)
         problem, values = _pose(fn, spec, tuple(args), deq)
-        z = problem.attached(spec.pack(z0), values)
+        z = problem.attached(without_gradient(alive(spec.pack(z0))), values)
         out = spec.output(z)
     return (out, problem.solution) if return_info else out
 
@@ -129,7 +134,7 @@ def _make(keywords: dict[str, Any]) -> DEQ:
 
 def _pose(fn: Callable[..., Any], spec: StateSpec, args: tuple[Any, ...], deq: DEQ) -> tuple[_Posed, list[Tensor]]:
     """The relation that f stands for, and the tensors in `args`."""
-    leaves, tree = pytree.tree_flatten(args)
+    leaves, tree = pytree.tree_flatten(pytree.tree_map_only(Tensor, alive, args))
     where = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def rebuilt(given: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -138,7 +143,7 @@ def _pose(fn: Callable[..., Any], spec: StateSpec, args: tuple[Any, ...], deq: D
             every[k] = value
         return pytree.tree_unflatten(every, tree)
 
-    return _Posed(fn, spec, rebuilt, args, deq), [leaves[k] for k in where]
+    return _Posed(fn, spec, rebuilt, rebuilt([leaves[k] for k in where]), deq), [leaves[k] for k in where]
 
 
 class _Posed(Relation):

@@ -168,6 +168,14 @@ class GradientBackend(Plugin[GradientS]):
     #: True where :meth:`attach` looks at the solver's state: ``solution.solver_state``, ``solution.inverse()``.
     needs_state: ClassVar[bool] = False
 
+    def check(self, solver: Solver[Any], compact: bool) -> None:
+        """Raise a ConfigError where the method can't work with what this solver leaves. Default: all will do.
+
+        Args:
+            solver: what solves forward.
+            compact: whether finished samples leave the batch, in which case no solver state is kept.
+        """
+
     def attach(self, problem: Problem, solution: Solution) -> Tensor | list[Tensor]:
         """A state (or several, the last being the one to go on from) that carries a gradient.
 

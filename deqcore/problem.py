@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from .captures import mark_own
 from .errors import FunctionError, GradientModeError
+from .modules import watched
 from .part import Part
 from .state import StateSpec
 
@@ -66,7 +67,12 @@ class Problem:
         problem = cls(_never, spec, eps=0.0 if autocast is None else _noise(torch.finfo(autocast).eps))
         problem.fn, problem.args, problem.autocast = fn, args, autocast
         problem.call = problem.bind(spec, args)
+        if not torch.compiler.is_compiling():
+            problem.call = watched(problem.call, problem._evaluate_by)
         return problem
+
+    def _evaluate_by(self, call: Callable[[Tensor], Tensor]) -> None:
+        self.call = call
 
     def bind(self, spec: StateSpec, args: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:
         """The user's function with these further arguments, on packed states of `spec`."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .errors import GradientModeError
+
 __all__ = [
+    "alive",
     "forward_levels",
     "has_tangent",
     "in_forward_mode",
@@ -19,8 +23,11 @@ __all__ = [
     "pull",
     "push",
     "record",
+    "refuse_tracing",
+    "settled",
     "transforming",
     "varies",
+    "without_gradient",
 ]
 
 Function = Callable[..., Tensor]
@@ -45,6 +52,39 @@ def forward_levels() -> int:
 def is_batched_cotangent(tensor: Tensor) -> bool:
     """Whether the tensor comes from a backward over several cotangents at once (``is_grads_batched=True``)."""
     return bool(_functorch.is_legacy_batchedtensor(tensor))
+
+
+def alive(tensor: Tensor) -> Tensor:
+    """The tensor without transforms that are over: a backward may be asked for after its ``torch.func.vjp``."""
+    return _functorch.unwrap_if_dead(tensor)
+
+
+def without_gradient(tensor: Tensor) -> Tensor:
+    """The tensor as a constant, for transforms, too; what is mapped over stays so."""
+    while is_wrapped(tensor) and not _functorch.is_batchedtensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor.detach()
+
+
+def settled(products: Sequence[Tensor | None], sources: Iterable[Tensor]) -> list[Tensor | None]:
+    """The products, without a graph where none of what they were made of has one."""
+    if transforming() or any(source.requires_grad for source in sources):
+        return list(products)
+    return [None if product is None else product.detach() for product in products]
+
+
+def refuse_tracing() -> None:
+    """Raise where operations are only recorded, of which none would say when to stop.
+
+    Raises:
+        GradientModeError: they are.
+    """
+    proxies: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if proxies is not None and proxies.get_proxy_mode() is not None:
+        raise GradientModeError(
+            "a solve can't be recorded by torch.func.linearize or make_fx: how many steps it takes depends on values. "
+            "Use torch.func.jvp, or vjp, at each call."
+        )
 
 
 def plain(tensor: Tensor) -> Tensor:

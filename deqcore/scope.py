@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from .modules import Modules
 
 __all__ = ["SolveScope", "current_scope", "once"]
 
@@ -29,6 +32,8 @@ class SolveScope:
         self._made: dict[Hashable, Any] = {}
         #: Samples that f is being called for, of how many; None for all. What is made once a solve is made for all.
         self.rows: tuple[torch.Tensor, int] | None = None
+        #: The modules of torch that f was seen to call; see modules.py.
+        self.modules: Modules | None = None
         self._grad = torch.is_grad_enabled()
         self._tokens: list[Token[SolveScope | None]] = []
 
@@ -40,6 +45,8 @@ class SolveScope:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         _current.reset(self._tokens.pop())
+        if self.modules is not None and not self._tokens:
+            self.modules.release()
 
     @contextmanager
     def narrowed(self, rows: torch.Tensor, batch: int) -> Generator[None]:
@@ -58,7 +65,8 @@ class SolveScope:
         """The scope once more, for evaluations of f after the solve: a backward's."""
         token = _current.set(self)
         try:
-            yield
+            with nullcontext() if self.modules is None or self._tokens else self.modules.frozen():
+                yield
         finally:
             _current.reset(token)
 

@@ -48,7 +48,7 @@ BUILTINS = {
         "simple_fixed_point_iter",
     ],
     "linear_solvers": ["bicgstab", "cg", "dense", "gmres", "neumann"],
-    "gradients": ["implicit", "phantom"],
+    "gradients": ["implicit", "neumann", "one_step", "phantom", "shine", "unrolled"],
     "cores": ["indexing", "sliced"],
     "norms": ["spectral_norm", "weight_norm"],
     "regularizers": ["fixed_point_correction", "jacobian"],

@@ -113,7 +113,7 @@ class Anderson(Solver[AndersonSettings]):
         settings = self.settings
         memory = state.gram.shape[1]
         residual = fz - z
-        large = fz.numel() >= LARGE_STATE
+        large = fz.numel() >= LARGE_STATE and not torch.is_grad_enabled()
         if settings.restart is not None and state.count >= settings.restart:
             _forget(state, list(range(memory)))
             state.count, state.last = 0, None
@@ -186,8 +186,8 @@ class Anderson(Solver[AndersonSettings]):
         rose = ~(norm <= (self.settings.safeguard or 1.0) * state.accepted)
         back = state.image
         rows = rose[:, :, None]
-        state.residuals.masked_fill_(rows, 0.0)
-        state.images.masked_fill_(rows, 0.0)
+        state.residuals = state.residuals.masked_fill(rows, 0.0)  # not in place: steps may be differentiated
+        state.images = state.images.masked_fill(rows, 0.0)
         state.gram = torch.where(rows, _identity(state.gram), state.gram)
         # What comes next is a plain step from an accepted state: it is accepted whatever its residual is.
         state.accepted = torch.where(rose, torch.inf, norm)

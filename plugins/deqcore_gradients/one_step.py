@@ -1,0 +1,44 @@
+"""The one-step gradient: f's own derivative at the state found, without what z* answers to it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from deqcore import GradientBackend, GradientSettings, Problem, Solution, hookimpl
+
+
+class OneStepSettings(GradientSettings):
+    """Settings of the one-step gradient: it has none."""
+
+
+class OneStep(GradientBackend[OneStepSettings]):
+    """dz*/dx is taken to be df/dx at z*: the Jacobian-free backward.
+
+    Drops J (I - J)^-1 df/dx, all that goes through z*. The direction is one of descent where f contracts strongly
+    enough (theorem 3.1 of the paper); the length is too small by a factor of up to 1 / (1 - rho), rho the spectral
+    radius of J = df/dz. On maps with rho = .9 its cosine with the exact gradient was .86, with .99 from .42 to .73.
+
+    Differs from `phantom` with ``steps=1`` in the value: that returns f(z*), and this z* itself, in training too. The
+    gradients are the same.
+
+    Costs one evaluation of f with its graph, and the backward through it; memory is that graph. Can be differentiated
+    any number of times, in reverse and in forward mode, and by torch.func through :func:`deqcore.fixed_point`, always
+    as what it is: f's derivative, z* held still. Nothing is solved, so there is no ``info["backward"]``. A sample whose
+    f is not finite keeps its value and gets no gradient.
+
+    Source: Fung et al., JFB: Jacobian-Free Backpropagation for Implicit Networks (AAAI 2022), eq. 9.
+    """
+
+    transforms: ClassVar[bool] = True
+
+    def attach(self, problem: Problem, solution: Solution) -> Tensor:
+        z: Tensor = solution["z"]
+        fz = problem(z)
+        return z + (fz - fz.detach()).nan_to_num()  # inf - inf is NaN
+
+
+@hookimpl
+def deqcore_gradient() -> type[OneStep]:
+    return OneStep
