@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from .report import environment, show, write
 __all__ = ["main"]
 
 #: Benchmarks, each a module of this package with `INTRO` and `run(options)`.
-NAMES = ("overhead", "evaluations", "compaction", "memory", "random", "imports", "solvers")
+NAMES = ("overhead", "evaluations", "compaction", "memory", "random", "imports", "solvers", "gradients")
 
 
 def main() -> None:
@@ -40,6 +41,7 @@ def main() -> None:
         parser.error(f"no benchmark named {', '.join(unknown)}; there are: {', '.join(NAMES)}")
     console = Console()
     torch.set_num_threads(1)
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")  # jax's
     for name in given.names or NAMES:
         module = importlib.import_module(f".{name}", __package__)
         start = time.perf_counter()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import scope as scopes
+from .forward import Forward
 from .interfaces import GradientBackend, Solver
 from .problem import Problem
 from .recorder import Recorder
@@ -369,8 +370,6 @@ def _solve_in(scope: SolveScope, deq: DEQ, given: Call, steps: int, fz: Tensor) 
 
 @_uncompiled
 def _attached(callback: Any, deq: DEQ, given: Call, steps: int) -> tuple[list[Any], Solution]:
-    from .deq import _Call  # pyright: ignore[reportPrivateUsage]
-
     with SolveScope():
         spec = StateSpec.of(given.z0, deq.config.batch_dims)
         problem = Problem.of(_Compiled(given.fn, callback), spec, tuple(given.args))
@@ -378,7 +377,7 @@ def _attached(callback: Any, deq: DEQ, given: Call, steps: int) -> tuple[list[An
             fz = problem(spec.pack(given.z0).detach())
         traced, solution = _under(callback, _copy_for(given.fn, _solve_in), current_scope(), deq, given, steps, fz)
         solution.spec, problem.nfe = spec, problem.nfe + traced.nfe
-        this = _Call(deq, deq.solver, problem, given.backward_writer, None, None)
+        this = Forward(deq, deq.solver, problem, given.backward_writer, None, None)
         return _finish(deq, problem, solution, lambda: this.attach(deq.gradients[-1], solution))
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .adjoint import Equilibrium, Relation, refuse_nested_forward_mode
 from .deq import DEQ, get_deq
@@ -23,6 +22,7 @@ from .scope import SolveScope, current_scope
 from .settings import SolverSettings
 from .solution import Solution
 from .state import StateSpec, finite
+from .tree import map_leaves
 
 __all__ = ["fixed_point"]
 
@@ -134,16 +134,24 @@ def _make(keywords: dict[str, Any]) -> DEQ:
 
 def _pose(fn: Callable[..., Any], spec: StateSpec, args: tuple[Any, ...], deq: DEQ) -> tuple[_Posed, list[Tensor]]:
     """The relation that f stands for, and the tensors in `args`."""
-    leaves, tree = pytree.tree_flatten(pytree.tree_map_only(Tensor, alive, args))
-    where = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    values: list[Tensor] = []
+
+    def take(tensor: Tensor) -> _Slot:
+        values.append(alive(tensor))
+        return _Slot(len(values) - 1)
+
+    slots = map_leaves(args, Tensor, take)
 
     def rebuilt(given: Sequence[Tensor]) -> tuple[Any, ...]:
-        every = list(leaves)
-        for k, value in zip(where, given, strict=True):
-            every[k] = value
-        return pytree.tree_unflatten(every, tree)
+        return map_leaves(slots, _Slot, lambda slot: given[slot.place])
 
-    return _Posed(fn, spec, rebuilt, rebuilt([leaves[k] for k in where]), deq), [leaves[k] for k in where]
+    return _Posed(fn, spec, rebuilt, rebuilt(values), deq), values
+
+
+class _Slot(NamedTuple):
+    """Where a tensor of the args belongs."""
+
+    place: int
 
 
 class _Posed(Relation):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,7 @@ class Modules:
     The kernel can't see into f: it looks which modules are called while f is evaluated for the first time.
     """
 
-    def __init__(self, scope: SolveScope) -> None:
-        self.scope = scope
+    def __init__(self) -> None:
         self.before: dict[nn.Module, dict[str, Tensor]] = {}
         self.dropouts: dict[nn.Module, None] = {}
         self._handles: list[RemovableHandle] = []
@@ -45,7 +45,7 @@ class Modules:
         met: set[nn.Module] = set()
 
         def meet(module: nn.Module, args: Any) -> Any:
-            if current_scope() is not self.scope or not module.training:
+            if self._scope() is None or not module.training:
                 return None
             if isinstance(module, _NormBase) and module.running_mean is not None:
                 met.add(module)
@@ -96,6 +96,11 @@ class Modules:
         self._handles.clear()
         self._inputs.clear()
 
+    def _scope(self) -> SolveScope | None:
+        """The scope that these are the modules of, where it is on in this thread; it holds them, not they it."""
+        scope = current_scope()
+        return scope if scope is not None and scope.modules is self else None
+
     # ---- dropout
 
     def _mask(self, module: nn.Module) -> None:
@@ -106,16 +111,17 @@ class Modules:
 
     def _keep_input(self, module: nn.Module, args: Any) -> Any:
         """What the module is to change in place instead of its input."""
-        if current_scope() is not self.scope or not module.inplace:
+        if self._scope() is None or not module.inplace:
             return None
         self._inputs[module] = args[0]
         return (args[0].clone(), *args[1:])
 
     def _masked(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if current_scope() is not self.scope or not module.training:
+        scope = self._scope()
+        if scope is None or not module.training:
             return None
         x: Tensor = self._inputs.pop(module, args[0])
-        return x * mask_of(self.scope, module, x, lambda like: type(module).forward(module, torch.ones_like(like)))
+        return x * mask_of(scope, module, x, lambda like: type(module).forward(module, torch.ones_like(like)))
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -137,20 +143,29 @@ def _put_back(module: nn.Module, values: dict[str, Tensor]) -> None:
         getattr(module, name).data.copy_(value)
 
 
-def watched(evaluate: Evaluate, put: Callable[[Evaluate], None]) -> Evaluate:
+class _Evaluates(Protocol):
+    call: Evaluate
+
+
+def watched(evaluate: Evaluate, problem: ReferenceType[_Evaluates]) -> Evaluate:
     """`evaluate` for the first call in a solve, which finds out what modules it has to take care of.
 
     Args:
         evaluate: f on packed states.
-        put: called at the first call with what to evaluate from then on.
+        problem: whose `call` this is; it gets what to evaluate from then on.
     """
+
+    def put(call: Evaluate) -> None:
+        owner = problem()
+        if owner is not None:
+            owner.call = call
 
     def first(z: Tensor) -> Tensor:
         put(evaluate)
         scope = current_scope()
         if scope is None:
             return evaluate(z)
-        modules = scope.modules = scope.modules or Modules(scope)
+        modules = scope.modules = scope.modules or Modules()
         with modules.meeting() as met:
             fz = evaluate(z)
         if met:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -68,11 +69,8 @@ class Problem:
         problem.fn, problem.args, problem.autocast = fn, args, autocast
         problem.call = problem.bind(spec, args)
         if not torch.compiler.is_compiling():
-            problem.call = watched(problem.call, problem._evaluate_by)
+            problem.call = watched(problem.call, weakref.ref(problem))
         return problem
-
-    def _evaluate_by(self, call: Callable[[Tensor], Tensor]) -> None:
-        self.call = call
 
     def bind(self, spec: StateSpec, args: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:
         """The user's function with these further arguments, on packed states of `spec`."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["LEAF", "arrange", "close_records", "describe", "flatten", "flatten_with_paths"]
+__all__ = ["LEAF", "arrange", "close_records", "describe", "flatten", "flatten_with_paths", "map_leaves"]
 
 #: Structure of a single tensor.
 LEAF = pytree.tree_flatten(0)[1]
@@ -75,6 +75,31 @@ def close_records(tree: Any) -> Any:
         return instance
 
     return pytree.tree_map(leave, tree, is_leaf=lambda node: isinstance(node, _Record))
+
+
+def map_leaves(tree: Any, kind: type, fn: Callable[[Any], Any]) -> Any:
+    """`tree`, a pytree or a dataclass of pytrees, with fn(leaf) in place of every leaf of this kind.
+
+    The usual containers are walked here: torch's walk leaves a cycle of its own behind, which holds tensors until
+    garbage is collected.
+    """
+    if isinstance(tree, kind):
+        return fn(tree)
+    if type(tree) in (list, tuple):
+        return type(tree)([map_leaves(part, kind, fn) for part in tree])
+    if type(tree) is dict:
+        return {key: map_leaves(part, kind, fn) for key, part in tree.items()}
+    if _is_dataclass(tree):
+        made = object.__new__(type(tree))  # __init__ may take something else
+        for field in dataclasses.fields(tree):
+            object.__setattr__(made, field.name, map_leaves(getattr(tree, field.name), kind, fn))
+        return made
+    if type(tree) not in pytree.SUPPORTED_NODES and not isinstance(tree, tuple):
+        return tree
+    leaves, structure = pytree.tree_flatten(tree, is_leaf=lambda part: isinstance(part, kind))
+    if structure.is_leaf():
+        return tree
+    return pytree.tree_unflatten([map_leaves(leaf, kind, fn) for leaf in leaves], structure)
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:

@@ -27,6 +27,7 @@ def test_examples_run(page: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setitem(sys.modules, "example", module)  # torch.compile looks a function's module up by name
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*")  # torch's own, at the first jvp
         for text in blocks(page):
             exec(compile(text, str(page), "exec"), module.__dict__)
 

@@ -112,7 +112,7 @@ print(json.dumps([names, states, refused, solution["z"].tolist(), bool(solution.
     )
     names, states, refused, z, converged = json.loads(out)
     assert names["solvers"] == BUILTINS["solvers"]
-    assert names["gradients"] == ["implicit", "phantom"]
+    assert names["gradients"] == BUILTINS["gradients"]
     assert {"indexing", "sliced"} == set(names["cores"]) and {"spectral_norm", "weight_norm"} <= set(names["norms"])
     for key, (state, cause) in states.items():
         assert state == "broken", key

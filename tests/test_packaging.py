@@ -17,7 +17,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-PLUGINS = ("deqcore-example-solver", "deqcore-example-gradient")
+PLUGINS = ("deqcore-example-solver", "deqcore-example-gradient", "deqcore-reversible")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 pytestmark = pytest.mark.packaging
@@ -106,13 +106,22 @@ def test_our_wheel_asks_for_what_pyproject_asks_for(wheels):
 
 
 @pytest.mark.parametrize("name", PLUGINS)
-def test_a_plugins_wheel_is_one_package_and_one_entry_point(wheels, name):
+def test_a_plugins_wheel_is_one_package_and_its_entry_points(wheels, name):
     with zipfile.ZipFile(wheels[name]) as archive:
         names = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" not in name}
     module = name.replace("-", "_")
     assert names == {module}
-    ((group, points),) = entry_points_in(wheels[name]).items()
-    assert group.startswith("deqcore.") and list(points.values()) == [module]
+    groups = entry_points_in(wheels[name])
+    assert (
+        set(groups)
+        == {
+            "deqcore-example-solver": {"deqcore.solvers"},
+            "deqcore-example-gradient": {"deqcore.gradients"},
+            "deqcore-reversible": {"deqcore.solvers", "deqcore.gradients", "deqcore.cores"},
+        }[name]
+    )
+    values = [value for points in groups.values() for value in points.values()]
+    assert all(value.partition(".")[0] == module for value in values) and len(set(values)) == len(groups)
 
 
 # ---- installed
@@ -120,7 +129,7 @@ def test_a_plugins_wheel_is_one_package_and_one_entry_point(wheels, name):
 
 @pytest.fixture(scope="module")
 def venv(wheels, tmp_path_factory):
-    """(python, folder) of a fresh environment with the three wheels; all else comes from this one's site-packages.
+    """(python, folder) of a fresh environment with all wheels; all else comes from this one's site-packages.
 
     That folder is on its path by a .pth file: after its own packages, and without running the .pth files in it, so
     a deqcore that is installed there, editable or not, is not what gets imported.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -11,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from deqcore import Problem, Solver, SolveScope
 from deqcore.report import FLOOR_SPACINGS
+from deqcore.tree import map_leaves
 
 __all__ = ["Point", "Replay", "changed_since", "checkpointed", "next_node"]
 
@@ -137,12 +136,12 @@ def checkpointed(run: Callable[[Point, int, int], Point], at: Point, first: int,
         tensors.setdefault(id(tensor), tensor)
         return _Slot(list(tensors).index(id(tensor)))
 
-    call = partial(_run_again, run, _map(at, Tensor, slot), first, last)
+    call = partial(_run_again, run, map_leaves(at, Tensor, slot), first, last)
     return checkpoint(call, *tensors.values(), use_reentrant=False)  # pyright: ignore
 
 
 def _run_again(run: Callable[[Point, int, int], Point], frame: Any, first: int, last: int, *tensors: Tensor) -> Point:
-    return run(_map(frame, _Slot, lambda slot: tensors[slot.index]), first, last)
+    return run(map_leaves(frame, _Slot, lambda slot: tensors[slot.index]), first, last)
 
 
 class _Slot(NamedTuple):
@@ -160,25 +159,7 @@ def _copy(state: Any, given: dict[int, Tensor], copy: Callable[[Tensor], Tensor]
             state.
         copy: what makes a copy.
     """
-    return _map(state, Tensor, lambda t: given[id(t)] if id(t) in given else given.setdefault(id(t), copy(t)))
-
-
-def _map(tree: Any, kind: type, fn: Callable[[Any], Any]) -> Any:
-    """`tree`, a pytree or a dataclass of pytrees, with fn(leaf) in place of every leaf of this kind.
-
-    No function that calls itself: it would be a cycle that holds tensors until garbage is collected.
-    """
-    if isinstance(tree, kind):
-        return fn(tree)
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        made = object.__new__(type(tree))
-        for field in dataclasses.fields(tree):
-            object.__setattr__(made, field.name, _map(getattr(tree, field.name), kind, fn))
-        return made
-    leaves, structure = pytree.tree_flatten(tree, is_leaf=lambda part: isinstance(part, kind))
-    if structure.is_leaf():
-        return tree
-    return pytree.tree_unflatten([_map(leaf, kind, fn) for leaf in leaves], structure)
+    return map_leaves(state, Tensor, lambda t: given[id(t)] if id(t) in given else given.setdefault(id(t), copy(t)))
 
 
 class _Differentiable(TorchFunctionMode):

@@ -108,6 +108,8 @@ class Shine(GradientBackend[ShineSettings]):
             )
 
     def attach(self, problem: Problem, solution: Solution) -> Tensor:
+        if not torch.is_grad_enabled():  # in inference mode there is not even a graph to take the transpose by
+            return solution["z"]
         solver = solution.solver
         if solver is None:
             raise ConfigError(
