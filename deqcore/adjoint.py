@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from .solution import Solution
 __all__ = ["TRANSFORMS", "Equilibrium", "Relation", "attach_adjoint", "refuse_nested_forward_mode"]
 
 SolveAdjoint = Callable[[LinearProblem], Solution]
+#: Largest entry of a cotangent, or its inverse, whose squares no dtype from float32 on minds.
+SAFE = 1e4
 
 
 class Relation:
@@ -63,14 +66,19 @@ class Relation:
     def solve(self, linearized: Linearization, b: Tensor, transposed: bool) -> Tensor:
         """u = J^T u + b, or u = J u + b, scaled so that neither tolerance nor range depend on the loss's scale."""
         _refuse_batched(b)
-        peak = b.abs().amax()  # not a norm, whose squares overflow and underflow long before the cotangent does
-        if not bool(torch.isfinite(peak)) or not bool(peak > 0):
+        peak = b.abs().amax().item()  # not a norm, whose squares overflow and underflow long before the cotangent does
+        if not math.isfinite(peak) or peak == 0:
             return b.clone()  # nothing to solve for; an overflow is handed on, as a gradient scaler expects
+        scale = 1.0 if 1 / SAFE <= peak <= SAFE else peak  # where nothing is to be feared, a copy is saved
         forth, back = (linearized.vjp, linearized.jvp) if transposed else (linearized.jvp, linearized.vjp)
-        found = self.solve_adjoint(LinearProblem(forth, back, b / peak, self.problem.eps(linearized.z)))
+        b = b if scale == 1.0 else b / scale
+        found = self.solve_adjoint(LinearProblem(forth, back, b, self.problem.eps(linearized.z)))
+        if scale != 1.0:
+            for key in ("z", "abs_lowest", "abs_trace"):
+                found[key] = found[key] * scale
         if self.solution is not None:
             self.solution.report(found)
-        return found["z"] * peak
+        return found["z"].clone()  # what is reported must neither hold a graph nor be a gradient that is added to
 
 
 class Equilibrium(torch.autograd.Function):

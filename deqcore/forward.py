@@ -12,7 +12,7 @@ from .interfaces import GradientBackend, Solver, Stretch
 from .iterate import Callback, Run, iterate
 from .problem import Problem
 from .settings import SolverSettings
-from .solution import Solution
+from .solution import OnFailure, Solution
 from .spectrum import spectral_radius
 
 if TYPE_CHECKING:
@@ -102,14 +102,7 @@ class Forward:
         return states
 
     def attach(self, gradient: GradientBackend[Any], solution: Solution) -> list[Tensor]:
-        writer = self.writer
-
-        def on_backward(found: Solution) -> None:
-            if writer is not None:
-                writer(found)
-            self.judge(found, "backward solve")
-
-        solution.on_backward = on_backward
+        solution.on_backward = _hearing(self.writer, self.config.on_failure)
         found = gradient.attach(self.problem, solution)
         return [found] if isinstance(found, Tensor) else list(found)
 
@@ -130,9 +123,21 @@ class Forward:
 
     def told(self, solution: Solution) -> Solution:
         """`solution` as the caller gets it: with the solver's state only where that was asked for."""
+        self.problem.start = None
         if not self.config.keep_state:
             solution.solver_state = None
         return solution
+
+
+def _hearing(writer: Callable[[Solution], Any] | None, on_failure: OnFailure) -> Callable[[Solution], Any]:
+    """What is done with a backward's solution. It lives as long as the forward's, and must not hold f or a graph."""
+
+    def on_backward(found: Solution) -> None:
+        if writer is not None:
+            writer(found)
+        found.judged(on_failure, "backward solve")
+
+    return on_backward
 
 
 def _counting_from(start: int, callback: Callback | None) -> Callback | None:

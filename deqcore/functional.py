@@ -256,7 +256,7 @@ class _Posed(Relation):
         told.update(found.items())
         told.solver, told.solver_state = solver, found.solver_state
         told.waits, told.accepted = found.waits, found.accepted
-        told.on_backward = lambda backward: backward.judged(on_failure, "backward solve")
+        told.on_backward = lambda backward: backward.judged(on_failure, "backward solve")  # holds no f, and no graph
         told.judged(on_failure, "forward solve")
 
     def over(self, size: int, dims: Sequence[int | None]) -> Relation:

@@ -164,7 +164,7 @@ class _Tensors:
     """Rows as (B,) tensors on the state's device."""
 
     def __init__(self, z: Tensor, settings: SolverSettings) -> None:
-        self.like = z
+        self.like = z.new_empty(z.shape[0])  # not z, which would live as long as the solution
         self.measure: Measure = _norms(z, settings)
 
     def full(self, value: float) -> Tensor:

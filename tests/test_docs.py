@@ -23,6 +23,8 @@ def test_examples_run(page: Path, capsys: pytest.CaptureFixture[str], monkeypatc
 
     monkeypatch.setitem(sys.modules, "torchdeq", sys.modules.get("torchdeq"))
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:  # what other tests had compiled
+        torch._dynamo.reset()
     module = types.ModuleType("example")
     monkeypatch.setitem(sys.modules, "example", module)  # torch.compile looks a function's module up by name
     with warnings.catch_warnings():

@@ -549,8 +549,7 @@ def test_dual_numbers_and_reverse_mode() -> None:
 def test_batched_gradients_by_gradcheck() -> None:
     """vmap over a vjp, which is not the older batching of is_grads_batched."""
     x, w = 0.5 * rand(2, 3), weight(3)
-    _, back = vjp(solve, x, w)
-    _, expected = vjp(unroll, x, w)
+    back, expected = (vjp(fn, x, w)[1] for fn in (solve, unroll))
     cotangents = rand(5, 2, 3, seed=3)
     same(vmap(back)(cotangents), vmap(expected)(cotangents))
 

@@ -134,7 +134,7 @@ class Implicit(GradientBackend[ImplicitSettings]):
         solver = registry.create("any_solvers", settings)
         found = self._solve(solver, problem, tolerance_scale(problem.b, settings))
         if self.settings.warm_start:
-            self.last = found["z"]
+            self.last = found["z"] / problem.b.abs().amax()
         return found
 
     def _solve(self, solver: Any, problem: LinearProblem, scale: Tensor) -> Solution:
@@ -150,7 +150,7 @@ class Implicit(GradientBackend[ImplicitSettings]):
         last = self.last
         if last is None or (last.shape, last.dtype, last.device) != (b.shape, b.dtype, b.device):
             return None
-        return last if bool(torch.isfinite(last).all()) else None
+        return last * b.abs().amax() if bool(torch.isfinite(last).all()) else None
 
 
 @hookimpl
