@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from deqcore import ConvergenceError, ConvergenceWarning, GradientModeError, Solution, Status, get_deq
+from deqcore import ConfigError, ConvergenceError, ConvergenceWarning, GradientModeError, Solution, Status, get_deq
 
 DOUBLE = torch.float64
 #: Tolerances at which float64 gradients are exact to 1e-8 and better.
@@ -847,3 +847,61 @@ def test_nothing_is_left_behind_by_200_steps(options: dict[str, Any], solver: st
         assert tensors() <= before
     finally:
         gc.enable()
+
+
+# ---- settings of implicit
+
+
+def slow(size: int = 12) -> tuple[Any, Tensor, list[Tensor]]:
+    w, x = weight(size, 0.97).requires_grad_(), rand(5, size).requires_grad_()
+    return lambda z: torch.tanh(z @ w + x), torch.zeros(5, size, dtype=DOUBLE), [w, x]
+
+
+@pytest.mark.parametrize("rtol", [1e-2, 1e-5, 1e-9])
+def test_rtol_is_relative_to_the_cotangent(rtol: float) -> None:
+    fn, z0, inputs = slow()
+    deq = get_deq(f_solver="broyden", f_tol=1e-12, f_max_iter=200, gradient={"name": "implicit", "rtol": rtol})
+    products = []
+    for scale in (1.0, 1e-9, 1e9):
+        z_out, info = deq(fn, z0)
+        cotangent = scale * rand(60, seed=5)
+        found = torch.autograd.grad(flat(z_out[-1]), inputs, cotangent)
+        close(list(found), dense_gradients(fn, z_out[-1], cotangent, inputs), 100 * rtol)
+        lengths = torch.linalg.vector_norm(cotangent.view(5, 12), dim=1)
+        assert bool((info["backward"]["abs_lowest"] <= rtol * lengths).all())
+        products.append(info["backward"]["nfe"])
+    assert len(set(products)) == 1
+
+
+def test_a_tolerance_given_twice_is_refused() -> None:
+    for solver in ({"tol": 1e-3}, {"rtol": 1e-3}, {"name": "anderson", "atol": 1e-3}):
+        with pytest.raises(ConfigError, match="not both"):
+            get_deq(gradient={"name": "implicit", "rtol": 1e-4, "solver": solver})
+    config = get_deq(gradient={"name": "implicit", "rtol": 1e-4, "solver": "anderson"}).config
+    assert type(config).from_dict(config.to_dict()) == config
+
+
+def test_a_warm_start_saves_products_where_the_same_batch_comes_again() -> None:
+    fn, z0, inputs = slow(48)
+    cold, warm = (
+        get_deq(f_solver="broyden", f_tol=1e-12, f_max_iter=200, gradient={"name": "implicit", "warm_start": on})
+        for on in (False, True)
+    )
+    counts: dict[bool, list[int]] = {False: [], True: []}
+    for step in range(3):
+        cotangent = 10.0 ** (4 * step) * (rand(240, seed=5) + 1e-3 * step * rand(240, seed=6))  # any scale of the loss
+        for on, deq in ((False, cold), (True, warm)):
+            z_out, info = deq(fn, z0)
+            found = torch.autograd.grad(flat(z_out[-1]), inputs, cotangent)
+            close(list(found), dense_gradients(fn, z_out[-1], cotangent, inputs), 1e-4)
+            counts[on].append(info["backward"]["nfe"])
+    assert counts[True][0] == counts[False][0]
+    assert all(mine < other for mine, other in zip(counts[True][1:], counts[False][1:], strict=True))
+    other, x = rand(3, 48).requires_grad_(), torch.zeros(3, 48, dtype=DOUBLE)  # another batch size: from zero
+
+    def shorter(z: Tensor) -> Tensor:
+        return torch.tanh(0.5 * z + other)
+
+    z_out, _ = warm(shorter, x)
+    (found,) = torch.autograd.grad(z_out[-1].sum(), other)
+    close([found], dense_gradients(shorter, z_out[-1], torch.ones(144, dtype=DOUBLE), [other]), 1e-5)

@@ -36,7 +36,8 @@ def test_many_steps_at_any_damping(damping, dtype):
     w, x = weight(64, dtype=dtype), noise(8, 64, dtype=dtype).requires_grad_()
     z0 = noise(8, 64, seed=2, dtype=dtype).requires_grad_()
     tolerance = torch.finfo(dtype).eps ** 0.5
-    info = check(lambda z: torch.tanh(z @ w.mT + x), (w, x), z0, steps=64, damping=damping, tolerance=tolerance / 10)
+    allowed = {"steps": 64, "damping": damping, "tolerance": tolerance / 10}
+    info = check(lambda z: torch.tanh(z @ w.mT + x), (w, x), z0, **allowed, gradient={"keep": None})
     backward = info["backward"]
     assert backward.counts() == {Status.CONVERGED: 8}
     assert float(backward["rel_lowest"].max()) <= tolerance
@@ -95,7 +96,7 @@ def test_plain_reversal_is_not_enough(monkeypatch):
 @pytest.mark.parametrize("tolerance", [1e-12, 1e-20])
 def test_a_tolerance_below_what_can_be_reconstructed_keeps_every_state(tolerance):
     w = weight()
-    info = check(lambda z: torch.tanh(z @ w.mT + 1), (w,), steps=20, damping=0.9, gradient={"tolerance": tolerance})
+    info = check(lambda z: torch.tanh(z @ w.mT + 1), (w,), steps=20, damping=0.9, gradient={"tolerance": tolerance, "keep": None})
     assert info["backward"].converged.all()
     if tolerance < 1e-15:
         assert info["backward"]["kept"] == 21 and float(info["backward"]["rel_lowest"].max()) == 0

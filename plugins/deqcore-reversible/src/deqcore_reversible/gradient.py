@@ -59,7 +59,7 @@ class ReversibleGradientSettings(GradientSettings):
         "float64 and 3.5e-4 in float32; smaller keeps more states",
     )
     keep: int | None = Field(
-        None,
+        1,
         ge=0,
         description="most pairs of states to keep in the forward, besides the first and the last. Where that is too "
         "few, steps are made once more in the backward. None: as many as the tolerance needs",
