@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from .products import is_wrapped
 
-__all__ = ["Captures", "Closure", "mark_own", "substituted"]
+__all__ = ["Captures", "Closure", "mark_own", "next_node", "substituted", "tensors_in"]
 
 #: Attribute of the leaves that the kernel itself makes to differentiate by: when that was. An f that holds a DEQ does
 #: not capture those of the inner one; the f of the inner one does capture the outer one's.
@@ -29,24 +29,25 @@ _active = _Active()
 
 def mark_own(leaf: Tensor) -> Tensor:
     """`leaf`, known from now on as one that the kernel made just now."""
-    setattr(leaf, MADE_AT, _now())
+    setattr(leaf, MADE_AT, next_node())
     return leaf
 
 
-def _now() -> int:
+def next_node() -> int:
     """The number of the next node of autograd's graph in this thread; a thread counts them in order."""
     with torch.enable_grad():
         return torch.ones((), requires_grad=True).view(()).grad_fn._sequence_nr()  # type: ignore[union-attr]
 
 
-def _tensors(arguments: Any) -> Iterator[Tensor]:
-    for item in arguments:
+def tensors_in(items: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors in a function's arguments, nested lists, tuples and dicts included."""
+    for item in items:
         if isinstance(item, Tensor):
             yield item
         elif isinstance(item, list | tuple):
-            yield from _tensors(item)
+            yield from tensors_in(item)
         elif isinstance(item, dict):
-            yield from _tensors(item.values())
+            yield from tensors_in(item.values())
 
 
 class Captures(TorchFunctionMode):
@@ -59,15 +60,15 @@ class Captures(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[int, Tensor] = {}
-        self._since = _now()
+        self._since = next_node()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors(args):
+        for tensor in tensors_in(args):
             if tensor.requires_grad and id(tensor) not in self.found:
                 self._note(tensor)
         if not kwargs:
             return func(*args)
-        for tensor in _tensors(kwargs.values()):
+        for tensor in tensors_in(kwargs.values()):
             if tensor.requires_grad and id(tensor) not in self.found:
                 self._note(tensor)
         return func(*args, **kwargs)

@@ -16,7 +16,7 @@ from deqcore import Problem, Solver, SolveScope
 from deqcore.report import FLOOR_SPACINGS
 from deqcore.tree import map_leaves
 
-__all__ = ["Point", "Replay", "changed_since", "checkpointed", "next_node"]
+__all__ = ["Point", "Replay", "changed_since", "checkpointed"]
 
 _hooks: Any = torch._C._autograd  # pyright: ignore  # torch has no public way to ask what saves tensors
 
@@ -187,13 +187,6 @@ def _apart(result: Any) -> Any:
 
 
 # ---- what a step did to what autograd had saved
-
-
-def next_node() -> int:
-    """The number of the next node of autograd's graph in this thread; a thread counts them in order."""
-    with torch.enable_grad():
-        node: Any = torch.ones((), requires_grad=True).view(()).grad_fn
-        return node._sequence_nr()
 
 
 def changed_since(born: int, z: Tensor) -> bool:

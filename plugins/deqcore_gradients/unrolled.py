@@ -21,8 +21,9 @@ from deqcore import (
     current_scope,
     hookimpl,
 )
+from deqcore.captures import next_node
 
-from .replay import Point, Replay, changed_since, checkpointed, next_node
+from .replay import Point, Replay, changed_since, checkpointed
 
 #: Solvers whose steps can be differentiated; what the errors name.
 REPLAYED = "'fixed_point_iter', 'simple_fixed_point_iter', 'damped', 'aitken' or 'anderson'"

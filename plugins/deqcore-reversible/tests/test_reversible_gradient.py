@@ -96,7 +96,9 @@ def test_plain_reversal_is_not_enough(monkeypatch):
 @pytest.mark.parametrize("tolerance", [1e-12, 1e-20])
 def test_a_tolerance_below_what_can_be_reconstructed_keeps_every_state(tolerance):
     w = weight()
-    info = check(lambda z: torch.tanh(z @ w.mT + 1), (w,), steps=20, damping=0.9, gradient={"tolerance": tolerance, "keep": None})
+    info = check(
+        lambda z: torch.tanh(z @ w.mT + 1), (w,), steps=20, damping=0.9, gradient={"tolerance": tolerance, "keep": None}
+    )
     assert info["backward"].converged.all()
     if tolerance < 1e-15:
         assert info["backward"]["kept"] == 21 and float(info["backward"]["rel_lowest"].max()) == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from deqcore import GradientModeError, Problem, SolveScope, current_scope
-from deqcore.captures import Closure
+from deqcore.captures import Closure, next_node, tensors_in
 
 __all__ = ["Evaluation", "Inputs", "Watched"]
 
@@ -52,7 +52,7 @@ class Inputs:
         Raises:
             GradientModeError: some other tensor can't be replaced.
         """
-        here = {id(tensor): tensor for tensor in _tensors(self.problem.args) if tensor.requires_grad}
+        here = {id(tensor): tensor for tensor in tensors_in(self.problem.args) if tensor.requires_grad}
         for reference in self._seen.values():
             tensor = reference()
             if tensor is not None and tensor.requires_grad:
@@ -61,7 +61,7 @@ class Inputs:
         scope = current_scope() or SolveScope()
         # With the others in their place: what is given to a custom function is seen inside of it, but not replaced.
         evaluation = Evaluation(self.problem, replaceable, replaceable, [True] * len(replaceable), scope)
-        since = _next_node()
+        since = next_node()
         _, leaf, fz = evaluation.recorded(z)
         return replaceable, _other_leaves(fz, since, [leaf, *evaluation.aliases])
 
@@ -76,30 +76,14 @@ class _Uses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             if tensor.requires_grad and id(tensor) not in self._made:
                 self.found[id(tensor)] = tensor
         out = func(*args, **kwargs)
-        for tensor in _tensors((out,)):  # only where f switches grad on for itself
+        for tensor in tensors_in((out,)):  # only where f switches grad on for itself
             if tensor.requires_grad and id(tensor) not in self.found:
                 self._made[id(tensor)] = tensor
         return out
-
-
-def _tensors(items: Iterable[Any]) -> Iterator[Tensor]:
-    for item in items:
-        if isinstance(item, Tensor):
-            yield item
-        elif isinstance(item, list | tuple):
-            yield from _tensors(item)
-        elif isinstance(item, dict):
-            yield from _tensors(item.values())
-
-
-def _next_node() -> int:
-    """The number of the next node of autograd's graph in this thread; a thread counts them in order."""
-    with torch.enable_grad():
-        return torch.ones((), requires_grad=True).view(()).grad_fn._sequence_nr()  # type: ignore[union-attr]
 
 
 def _other_leaves(fz: Tensor, since: int, known: Sequence[Tensor]) -> list[Tensor]:
