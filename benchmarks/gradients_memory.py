@@ -154,11 +154,11 @@ def _reversible(cases: list[Case]) -> Table:
         f"Peak memory of a reversible training step, {STEPS} steps over {FEW}",
         ("f", "damping", "pairs kept, at most", f"{FEW} steps, states", f"{STEPS} steps, states", "ratio", "ok"),
         notes="float32. Where the reconstruction would lose too much, pairs of states are kept, and are counted here; "
-        "with a limit on them, steps are made once more in the backward instead. "
+        "with a limit on them (1 is the default), steps are made once more in the backward instead. "
         f"ok: at most {REVERSIBLE_LIMIT}.",
     )
     for case in cases:
-        for damping, keep in ((0.2, None), (0.5, None), (0.2, 0), (0.5, 0)):
+        for damping, keep in ((0.2, 1), (0.5, 1), (0.2, 0), (0.5, 0), (0.5, None)):
             title = case.title, damping, "as needed" if keep is None else keep
             solver = {"name": "reversible", "damping": damping, "return_final": True}
             gradient = {"name": "reversible", "keep": keep}
