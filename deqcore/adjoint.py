@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .captures import Captures, Closure, substituted
+from .captures import Captures, Closure, Made, leaves_of, substituted
 from .errors import GradientModeError
 from .problem import Linearization, LinearProblem, Problem
 from .products import alive, forward_levels, is_batched_cotangent, pull, push, record, settled, transforming
@@ -270,19 +270,7 @@ def _linearize(problem: Problem, z: Tensor, exact: bool) -> tuple[Linearization,
 
 def _depends_on_more(linearized: Linearization) -> bool:
     """Whether f(z) has a gradient to anything but z itself."""
-    start = linearized.fz.grad_fn
-    waiting = [start] if start is not None else []
-    seen: set[Any] = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and leaf is not linearized.z:
-            return True
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
-    return False
+    return any(leaf is not linearized.z for leaf in leaves_of(linearized.fz))
 
 
 class _Found(Relation):
@@ -312,9 +300,10 @@ class _Found(Relation):
         if not self.exact:
             return False
         if self._whole is None:
-            with torch.enable_grad():
+            made = Made()
+            with torch.enable_grad(), made:
                 found = self.evaluate(z.detach(), *(value.detach() for value in values))
-            self._whole = not found.requires_grad
+            self._whole = all(leaf in made for leaf in leaves_of(found))  # f may differentiate by leaves of its own
         return self._whole
 
 

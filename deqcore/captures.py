@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from .products import is_wrapped
 
-__all__ = ["Captures", "Closure", "mark_own", "next_node", "substituted", "tensors_in"]
+__all__ = ["Captures", "Closure", "Made", "leaves_of", "mark_own", "next_node", "substituted", "tensors_in"]
 
 #: Attribute of the leaves that the kernel itself makes to differentiate by: when that was. An f that holds a DEQ does
 #: not capture those of the inner one; the f of the inner one does capture the outer one's.
@@ -83,6 +83,39 @@ class Captures(TorchFunctionMode):
     def tensors(self) -> list[Tensor]:
         """What was found, in the order of first use."""
         return list(self.found.values())
+
+
+class Made(TorchFunctionMode):
+    """While it is on, keeps every tensor that a function of torch returns; ``tensor in made`` asks for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self._kept.update((id(tensor), tensor) for tensor in tensors_in((out,)))
+        return out
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._kept
+
+
+def leaves_of(tensor: Tensor) -> Iterator[Tensor]:
+    """The leaves that the tensor has a gradient to, as autograd's graph has them."""
+    waiting: list[Any] = [] if tensor.grad_fn is None else [tensor.grad_fn]
+    if tensor.grad_fn is None and tensor.requires_grad:
+        yield tensor
+    seen: set[Any] = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
 
 
 class _Substitution(TorchFunctionMode):

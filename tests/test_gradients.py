@@ -570,6 +570,25 @@ def test_a_derivative_that_nobody_can_follow_is_refused_not_wrong() -> None:
         torch.autograd.grad(first.sum(), x)
 
 
+def test_second_derivatives_of_an_f_that_differentiates_by_itself() -> None:
+    """A gradient step on an energy makes a leaf of its own, where nothing else asks for one."""
+    w, x = weight(4).requires_grad_(), rand(3, 4).requires_grad_()
+
+    def step(z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            point = z if z.requires_grad else z.detach().requires_grad_()
+            energy = 0.5 * point.square().sum() + 0.2 * torch.cos(point @ w).sum() - (point * x).sum()
+            (slope,) = torch.autograd.grad(energy, point, create_graph=True)
+        return z - 0.5 * slope
+
+    deq = get_deq(**TIGHT)
+
+    def solve(w: Tensor, x: Tensor) -> Tensor:
+        return deq(step, torch.zeros(3, 4, dtype=DOUBLE))[0][-1]
+
+    assert torch.autograd.gradcheck(solve, (w, x)) and torch.autograd.gradgradcheck(solve, (w, x))
+
+
 def test_a_graph_that_nobody_differentiates_again_may_be_created() -> None:
     fn, z0, inputs, _ = closure()
     z_out, _ = get_deq(**TIGHT)(fn, z0)
