@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import ReferenceType
 
@@ -17,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from .dropout import mask_of
 from .scope import SolveScope, current_scope
 
-__all__ = ["Modules", "watched"]
+__all__ = ["Modules", "is_compiled", "watched"]
 
 Evaluate = Callable[[Tensor], Tensor]
 #: Buffers that a call in train mode changes.
@@ -58,8 +57,7 @@ class Modules:
 
         handle = register_module_forward_pre_hook(meet)
         try:
-            with _uncompiled():
-                yield met
+            yield met
         finally:
             handle.remove()
 
@@ -124,12 +122,9 @@ class Modules:
         return x * mask_of(scope, module, x, lambda like: type(module).forward(module, torch.ones_like(like)))
 
 
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Has compiled functions run as they were written, not be compiled once more for a hook that is soon gone."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    stance: Any = torch.compiler.set_stance
-    return stance("force_eager")
+def is_compiled(fn: Any) -> bool:
+    """Whether `fn` comes from torch.compile: a hook that is soon gone would have it compiled once more."""
+    return hasattr(fn, "_torchdynamo_orig_callable") or hasattr(fn, "_orig_mod")
 
 
 def _statistics(module: nn.Module) -> dict[str, Tensor]:

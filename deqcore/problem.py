@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from .captures import mark_own
 from .errors import FunctionError, GradientModeError
-from .modules import watched
+from .modules import is_compiled, watched
 from .part import Part
 from .state import StateSpec
 
@@ -68,7 +68,7 @@ class Problem:
         problem = cls(_never, spec, eps=0.0 if autocast is None else _noise(torch.finfo(autocast).eps))
         problem.fn, problem.args, problem.autocast = fn, args, autocast
         problem.call = problem.bind(spec, args)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not is_compiled(fn):
             problem.call = watched(problem.call, weakref.ref(problem))
         return problem
 
