@@ -265,7 +265,11 @@ def test_ctrl_c(run, small, tmp_path, monkeypatch):
                 signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(demo, "fit", interrupted)
-    code, out, err = run("demo", *CHEAP, "--out", str(tmp_path), "--epochs", "9")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        code, out, err = run("demo", *CHEAP, "--out", str(tmp_path), "--epochs", "9")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (code, out) == (130, "")
     assert err == "Interrupted after 1 of 9 epochs.\n"
     assert list(tmp_path.iterdir()) == []
