@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from deqcore.files import write_text
-
-from . import gradients_compile, gradients_digits, gradients_memory, gradients_products, gradients_time
+from . import gradients_compile, gradients_digits, gradients_memory, gradients_products, gradients_time, report
 from .options import Options
 from .report import Table
 
@@ -27,14 +24,7 @@ def run(options: Options) -> list[Table]:
 
 def publish(tables: list[Table]) -> list[Path]:
     """Write what docs/gradients.md shows between its marks."""
-    page = DOCS / "gradients.md"
-    text = page.read_text(encoding="utf-8")
+    chosen: dict[str, Table] = {}
     for name, title in PUBLISHED.items():
-        (table,) = (table for table in tables if table.title.startswith(title))
-        body = table.markdown().partition("\n\n")[2]  # the page has headings of its own
-        begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"{page.name} must have the marks {begin} and {end} once each")
-        text = re.sub(f"{begin}.*{end}", lambda _, b=begin, e=end, t=body: f"{b}\n{t}{e}", text, flags=re.S)
-    write_text(page, text)
-    return [page]
+        (chosen[name],) = (table for table in tables if table.title.startswith(title))
+    return [report.publish(DOCS / "gradients.md", chosen)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,3 +70,16 @@ def write(folder: Path, name: str, intro: str, tables: Sequence[Table]) -> Path:
     body = "\n".join(table.markdown() for table in tables)
     write_text(path, f"# {name}\n\nWritten by `python -m benchmarks {name}`. {intro}\n\n{body}")
     return path
+
+
+def publish(page: Path, tables: Mapping[str, Table]) -> Path:
+    """Write tables into a page of the docs, each between the marks of its name; the page has headings of its own."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        body = table.markdown().partition("\n\n")[2]
+        begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"{page.name} must have the marks {begin} and {end} once each")
+        text = re.sub(f"{begin}.*{end}", lambda _, b=begin, e=end, t=body: f"{b}\n{t}{e}", text, flags=re.S)
+    write_text(page, text)
+    return page

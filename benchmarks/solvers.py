@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ from torch.autograd import forward_ad
 
 import deqcore
 from deqcore import DEQError
-from deqcore.files import write_text
 from deqcore.testing import exact_problems, installed
 
-from . import exact
+from . import exact, report
 from .evaluations import OTHER_FORM, of_ours
 from .maps import six
 from .options import Options
@@ -56,15 +54,7 @@ def run(options: Options) -> list[Table]:
 
 def publish(tables: list[Table]) -> list[Path]:
     """Write the tables into docs/solvers.md, between the marks of their names, and draw docs/solvers.png."""
-    page = DOCS / "solvers.md"
-    text = page.read_text(encoding="utf-8")
-    for name, table in zip(("maps", "exact"), tables, strict=True):
-        body = table.markdown().partition("\n\n")[2]  # the page has headings of its own
-        begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"{page.name} must have the marks {begin} and {end} once each")
-        text = re.sub(f"{begin}.*{end}", lambda _, b=begin, e=end, t=body: f"{b}\n{t}{e}", text, flags=re.S)
-    write_text(page, text)
+    page = report.publish(DOCS / "solvers.md", dict(zip(("maps", "exact"), tables, strict=True)))
     picture = DOCS / "solvers.png"
     _draw(picture)
     return [page, picture]

@@ -25,7 +25,7 @@ from .recorder import Recorder
 from .scope import SolveScope, current_scope
 from .settings import SolverSettings
 from .solution import Solution
-from .state import StateSpec
+from .state import StateSpec, with_gradient_of
 from .tree import LEAF
 
 if TYPE_CHECKING:
@@ -283,12 +283,11 @@ def _finish(
         solution["sradius"] = torch.zeros(1, device=spec.device)
         attached, state = states[-1], cast(Tensor, solution["z"])
         if attached is not state and attached.requires_grad:
-            state = state + (attached - attached.detach()).nan_to_num()  # the value stays, to the last bit
+            state = with_gradient_of(attached, state)
         states = [state]
     if deq.regularizers:  # with a penalty to compute, no call comes here
         solution["regularizers"], solution["regularization"] = {}, states[-1].new_zeros(())
-    solution["nfe"], solution["nvjp"], solution["njvp"] = problem.nfe, problem.nvjp, problem.njvp
-    solution["sample_nfe"] = torch.full((spec.batch,), problem.nfe, device=spec.device)
+    solution.update(problem.counts())
     return [spec.output(state) for state in states], solution
 
 

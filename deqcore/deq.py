@@ -151,9 +151,7 @@ class DEQ(nn.Module):
             self._regularize(problem, states, info)
             spec = cast(StateSpec, problem.spec)
             z_out = [spec.output(state) for state in states]
-        info["nfe"] = problem.nfe
-        info["sample_nfe"] = problem.sample_nfe().to(spec.device)
-        info["nvjp"], info["njvp"] = problem.nvjp, problem.njvp
+        info.update(problem.counts())
         return z_out, info
 
     def solver_for(self, options: Mapping[str, Any] | None) -> Solver[Any]:

@@ -14,11 +14,12 @@ from .problem import Problem
 from .settings import SolverSettings
 from .solution import OnFailure, Solution
 from .spectrum import spectral_radius
+from .state import with_gradient_of
 
 if TYPE_CHECKING:
     from .deq import DEQ
 
-__all__ = ["Forward"]
+__all__ = ["Forward", "hearing"]
 
 
 class Forward:
@@ -102,7 +103,7 @@ class Forward:
         return states
 
     def attach(self, gradient: GradientBackend[Any], solution: Solution) -> list[Tensor]:
-        solution.on_backward = _hearing(self.writer, self.config.on_failure)
+        solution.on_backward = hearing(self.writer, self.config.on_failure)
         found = gradient.attach(self.problem, solution)
         return [found] if isinstance(found, Tensor) else list(found)
 
@@ -114,7 +115,7 @@ class Forward:
         if torch.is_grad_enabled():
             attached = self.attach(self.gradients[-1], solution)[-1]
             if attached is not state and attached.requires_grad:
-                state = state + (attached - attached.detach()).nan_to_num()  # the value stays, to the last bit
+                state = with_gradient_of(attached, state)
         sradius = torch.zeros(1, device=state.device)
         if sradius_mode:
             sradius = spectral_radius(self.problem, solution["z"])
@@ -129,7 +130,7 @@ class Forward:
         return solution
 
 
-def _hearing(writer: Callable[[Solution], Any] | None, on_failure: OnFailure) -> Callable[[Solution], Any]:
+def hearing(writer: Callable[[Solution], Any] | None, on_failure: OnFailure) -> Callable[[Solution], Any]:
     """What is done with a backward's solution. It lives as long as the forward's, and must not hold f or a graph."""
 
     def on_backward(found: Solution) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from .adjoint import Equilibrium, Relation, refuse_nested_forward_mode
 from .deq import DEQ, get_deq
 from .errors import ConfigError, FunctionTypeError, GradientModeError
+from .forward import hearing
 from .interfaces import GradientBackend, Solver
 from .iterate import iterate
 from .problem import Problem
@@ -21,8 +22,8 @@ from .registry import registry
 from .scope import SolveScope, current_scope
 from .settings import SolverSettings
 from .solution import Solution
-from .state import StateSpec, finite
-from .tree import map_leaves
+from .state import StateSpec, finite, with_gradient_of
+from .tree import take_apart
 
 __all__ = ["fixed_point"]
 
@@ -134,24 +135,9 @@ def _make(keywords: dict[str, Any]) -> DEQ:
 
 def _pose(fn: Callable[..., Any], spec: StateSpec, args: tuple[Any, ...], deq: DEQ) -> tuple[_Posed, list[Tensor]]:
     """The relation that f stands for, and the tensors in `args`."""
-    values: list[Tensor] = []
-
-    def take(tensor: Tensor) -> _Slot:
-        values.append(alive(tensor))
-        return _Slot(len(values) - 1)
-
-    slots = map_leaves(args, Tensor, take)
-
-    def rebuilt(given: Sequence[Tensor]) -> tuple[Any, ...]:
-        return map_leaves(slots, _Slot, lambda slot: given[slot.place])
-
+    tensors, rebuilt = take_apart(args)
+    values = [alive(tensor) for tensor in tensors]
     return _Posed(fn, spec, rebuilt, rebuilt(values), deq), values
-
-
-class _Slot(NamedTuple):
-    """Where a tensor of the args belongs."""
-
-    place: int
 
 
 class _Posed(Relation):
@@ -197,7 +183,7 @@ class _Posed(Relation):
         solution.on_backward = self.solution.on_backward
         found = self.gradient.attach(self.problem, solution)
         attached = found if isinstance(found, Tensor) else found[-1]
-        return z + (attached - attached.detach()).nan_to_num()  # the value stays, to the last bit
+        return with_gradient_of(attached, z)
 
     def evaluate(self, z: Tensor, *values: Tensor) -> Tensor:
         with self.scope.again():
@@ -249,14 +235,13 @@ class _Posed(Relation):
 
     def _tell(self, found: Solution, problem: Problem, solver: Solver[Any]) -> None:
         """Have what is known of the solve be this, and the failure policy hear of it."""
-        found["sample_nfe"] = problem.sample_nfe()
-        found["nfe"], found["nvjp"], found["njvp"] = problem.nfe, problem.nvjp, problem.njvp
+        found.update(problem.counts())
         found["sradius"] = torch.zeros(1, device=found["z"].device)
         told, on_failure = self.solution, self.deq.config.on_failure
         told.update(found.items())
         told.solver, told.solver_state = solver, found.solver_state
         told.waits, told.accepted = found.waits, found.accepted
-        told.on_backward = lambda backward: backward.judged(on_failure, "backward solve")  # holds no f, and no graph
+        told.on_backward = hearing(None, on_failure)
         told.judged(on_failure, "forward solve")
 
     def over(self, size: int, dims: Sequence[int | None]) -> Relation:

@@ -127,6 +127,13 @@ class Problem:
         device = None if self.spec is None else self.spec.device
         return torch.full((1 if self.spec is None else self.spec.batch,), self.nfe, device=device)
 
+    def counts(self) -> dict[str, Any]:
+        """What was counted so far, as entries of ``info``."""
+        sample_nfe = self.sample_nfe()
+        if self.spec is not None:
+            sample_nfe = sample_nfe.to(self.spec.device)
+        return {"nfe": self.nfe, "sample_nfe": sample_nfe, "nvjp": self.nvjp, "njvp": self.njvp}
+
     @property
     def work(self) -> int:
         """Evaluations of f and products with its Jacobian so far."""

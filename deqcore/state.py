@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from .errors import FunctionError, FunctionTypeError, StateError, StateTypeError
 from .tree import LEAF, arrange, close_records, describe, flatten, flatten_with_paths
 
-__all__ = ["StateSpec", "finite"]
+__all__ = ["StateSpec", "finite", "with_gradient_of"]
 
 #: What f must do, for error texts.
 MUST = "f must return the same structure, shapes, device and kind of dtype as its state"
@@ -330,6 +330,11 @@ def _changed_in_place() -> FunctionError:
         "f changed its input in place; the solver still needs that tensor. Write z = z + ... instead of z += ..., and "
         "relu(z) instead of relu_(z)."
     )
+
+
+def with_gradient_of(attached: Tensor, z: Tensor) -> Tensor:
+    """`z` to the last bit, with the gradient of `attached`; what is not finite there changes nothing."""
+    return z + (attached - attached.detach()).nan_to_num()  # inf - inf is NaN
 
 
 def finite(z: Tensor, what: str) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["LEAF", "arrange", "close_records", "describe", "flatten", "flatten_with_paths", "map_leaves"]
+__all__ = ["LEAF", "arrange", "close_records", "describe", "flatten", "flatten_with_paths", "map_leaves", "take_apart"]
 
 #: Structure of a single tensor.
 LEAF = pytree.tree_flatten(0)[1]
@@ -100,6 +100,27 @@ def map_leaves(tree: Any, kind: type, fn: Callable[[Any], Any]) -> Any:
     if structure.is_leaf():
         return tree
     return pytree.tree_unflatten([map_leaves(leaf, kind, fn) for leaf in leaves], structure)
+
+
+class _Slot(NamedTuple):
+    """Where a tensor belongs."""
+
+    place: int
+
+
+def take_apart(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """The tensors in `tree`, each once, and what puts others in their places; that holds none of them."""
+    places: dict[int, _Slot] = {}
+    tensors: list[Tensor] = []
+
+    def slot(tensor: Tensor) -> _Slot:
+        if id(tensor) not in places:
+            places[id(tensor)] = _Slot(len(tensors))
+            tensors.append(tensor)
+        return places[id(tensor)]
+
+    frame = map_leaves(tree, Tensor, slot)
+    return tensors, lambda given: map_leaves(frame, _Slot, lambda slot: given[slot.place])
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,19 @@ def _clean_environment(monkeypatch):
     """Settings of the developer's shell must not reach the tests."""
     for variable in [name for name in os.environ if name.startswith("DEQCORE_")]:
         monkeypatch.delenv(variable)
+
+
+@pytest.fixture
+def fresh_dynamo(monkeypatch):
+    """torch.compile without what other tests had compiled, and without pytest keeping all its graphs."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch")  # its own affairs
+        yield
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """torch.compile with a fixed number of steps: one graph, with the values, gradients and info of a plain call."""
 
-import logging
 import shutil
-import warnings
 
 import pytest
 import torch
@@ -11,15 +9,7 @@ from compile_support import SOLVERS, Model, breaks, compare, compiled, config, h
 import deqcore
 from deqcore import get_deq
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo(monkeypatch):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # pytest would have it keep all graphs
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torch")  # its own affairs
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 # ---- one graph

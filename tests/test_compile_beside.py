@@ -1,10 +1,8 @@
 """torch.compile where a call can't be part of a graph: f is compiled once, and all else is as without a compiler."""
 
-import logging
 import subprocess
 import sys
 import textwrap
-import warnings
 from pathlib import Path
 
 import pytest
@@ -15,15 +13,7 @@ from torch import nn
 import deqcore
 from deqcore import ConvergenceError, FunctionError, Solver, Step, UnknownKeyError, get_deq
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo(monkeypatch):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # pytest would have it keep all graphs
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torch")  # its own affairs
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 # ---- with a stop test

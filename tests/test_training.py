@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
 import os
 import warnings
 from collections.abc import Generator
@@ -689,37 +688,33 @@ def test_an_error_in_f_leaves_no_hook_and_no_statistics_behind() -> None:
 # ---- a compiled training step
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("gradient", ["implicit", "phantom"])
-def test_a_compiled_training_step(compiler: str, gradient: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_training_step(compiler: str, gradient: str) -> None:
     """The whole of forward, loss and backward in default mode: as without a compiler, no break inside of f."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     solver = {"name": "anderson", "tol": 1e-5, "max_iter": 60}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torch")
-        plain = Model(gradient=gradient, solver=solver)
-        model = copy.deepcopy(plain)
-        run, graphs = compiled(model, compiler)
-        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (plain, model)]
-        counts = []
-        for _ in range(4):
-            losses = []
-            for m, optimizer in zip((plain, run), optimizers, strict=True):
-                optimizer.zero_grad()
-                loss = nn.functional.cross_entropy(m(BATCH), LABELS)
-                loss.backward()
-                losses.append(loss.item())
-            for a, b in zip(plain.parameters(), model.parameters(), strict=True):
-                same(a.grad, b.grad, 1e-5)
-            for optimizer in optimizers:
-                optimizer.step()
-            assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-            counts.append((len(graphs.found), breaks()))
-        assert counts[1:] == [counts[1]] * 3  # nothing is compiled again from step to step
-        tanh = [sum(node.target is torch.tanh for node in graph.graph.nodes) for graph in graphs.with_call(torch.tanh)]
-        assert tanh == [1]  # f is one graph
+    plain = Model(gradient=gradient, solver=solver)
+    model = copy.deepcopy(plain)
+    run, graphs = compiled(model, compiler)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (plain, model)]
+    counts = []
+    for _ in range(4):
+        losses = []
+        for m, optimizer in zip((plain, run), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(m(BATCH), LABELS)
+            loss.backward()
+            losses.append(loss.item())
+        for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+            same(a.grad, b.grad, 1e-5)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+        counts.append((len(graphs.found), breaks()))
+    assert counts[1:] == [counts[1]] * 3  # nothing is compiled again from step to step
+    tanh = [sum(node.target is torch.tanh for node in graph.graph.nodes) for graph in graphs.with_call(torch.tanh)]
+    assert tanh == [1]  # f is one graph
     torch._dynamo.reset()
 
 

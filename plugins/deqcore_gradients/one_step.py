@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from deqcore import GradientBackend, GradientSettings, Problem, Solution, hookimpl
+from deqcore.state import with_gradient_of
 
 
 class OneStepSettings(GradientSettings):
@@ -35,8 +36,7 @@ class OneStep(GradientBackend[OneStepSettings]):
 
     def attach(self, problem: Problem, solution: Solution) -> Tensor:
         z: Tensor = solution["z"]
-        fz = problem(z)
-        return z + (fz - fz.detach()).nan_to_num()  # inf - inf is NaN
+        return with_gradient_of(problem(z), z)
 
 
 @hookimpl

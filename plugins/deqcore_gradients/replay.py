@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deqcore import Problem, Solver, SolveScope
 from deqcore.report import FLOOR_SPACINGS
-from deqcore.tree import map_leaves
+from deqcore.tree import map_leaves, take_apart
 
 __all__ = ["Point", "Replay", "changed_since", "checkpointed"]
 
@@ -130,24 +130,19 @@ def checkpointed(run: Callable[[Point, int, int], Point], at: Point, first: int,
     Tensors are handed to torch as arguments of their own: those inside of another one are never let go of, also in
     segments inside of segments.
     """
-    tensors: dict[int, Tensor] = {}
-
-    def slot(tensor: Tensor) -> _Slot:
-        tensors.setdefault(id(tensor), tensor)
-        return _Slot(list(tensors).index(id(tensor)))
-
-    call = partial(_run_again, run, map_leaves(at, Tensor, slot), first, last)
-    return checkpoint(call, *tensors.values(), use_reentrant=False)  # pyright: ignore
+    tensors, rebuilt = take_apart(at)
+    call = partial(_run_again, run, rebuilt, first, last)
+    return checkpoint(call, *tensors, use_reentrant=False)  # pyright: ignore
 
 
-def _run_again(run: Callable[[Point, int, int], Point], frame: Any, first: int, last: int, *tensors: Tensor) -> Point:
-    return run(map_leaves(frame, _Slot, lambda slot: tensors[slot.index]), first, last)
-
-
-class _Slot(NamedTuple):
-    """Where a tensor belongs."""
-
-    index: int
+def _run_again(
+    run: Callable[[Point, int, int], Point],
+    rebuilt: Callable[[Sequence[Tensor]], Any],
+    first: int,
+    last: int,
+    *tensors: Tensor,
+) -> Point:
+    return run(rebuilt(tensors), first, last)
 
 
 def _copy(state: Any, given: dict[int, Tensor], copy: Callable[[Tensor], Tensor] = torch.clone) -> Any:

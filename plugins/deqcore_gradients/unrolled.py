@@ -111,7 +111,7 @@ class Unrolled(GradientBackend[UnrolledSettings]):
         """
         if type(solver).solve is not Solver.solve:
             why = "it brings its own loop"
-        elif any(isinstance(value, SolverSettings | tuple) for _, value in solver.settings if _is_solver(value)):
+        elif any(_is_solver(value) for _, value in solver.settings):
             why = "it runs other solvers in its steps"
         elif not type(solver).traceable or solver.estimates:
             why = "its steps can't be followed by autograd"

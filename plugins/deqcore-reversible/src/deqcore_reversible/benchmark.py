@@ -15,7 +15,9 @@ from deqcore.testing import peak_bytes
 __all__ = ["Block", "error", "evaluations", "main", "peak", "reversible"]
 
 DAMPINGS = (0.2, 0.5, 0.8)
-STEPS = (4, 16, 64)
+FEW, MANY = 4, 64
+#: Limits on the pairs kept, the default first.
+KEEPS = (1, 0, 3, None)
 
 
 class Block(nn.Module):
@@ -33,11 +35,11 @@ class Block(nn.Module):
         return self.norm(self.x + self.second(nn.functional.gelu(self.first(z))))
 
 
-def reversible(steps: int, damping: float) -> DEQ:
+def reversible(steps: int, damping: float, keep: int | None = 1) -> DEQ:
     """A DEQ of exactly so many steps."""
     return get_deq(
         solver={"name": "reversible", "max_iter": steps, "tol": 0.0, "damping": damping, "return_final": True},
-        gradient="reversible",
+        gradient={"name": "reversible", "keep": keep},
         core="reversible",
         on_failure="ignore",
     )
@@ -52,8 +54,8 @@ def unrolled(f: Callable[[Tensor], Tensor], z0: Tensor, damping: float, steps: i
     return z
 
 
-def _reversible(f: Callable[[Tensor], Tensor], z0: Tensor, damping: float, steps: int) -> Tensor:
-    return reversible(steps, damping)(f, z0)[0][0]
+def _reversible(f: Callable[[Tensor], Tensor], z0: Tensor, damping: float, steps: int, keep: int | None = 1) -> Tensor:
+    return reversible(steps, damping, keep)(f, z0)[0][0]
 
 
 def train(f: Block, solve: Callable[[Block, Tensor], Tensor]) -> None:
@@ -114,18 +116,18 @@ def _row(*cells: object) -> None:
 
 
 def _memory(dampings: Sequence[float]) -> None:
-    print("Peak memory of a training step over that with 4 steps (MLP block, float64 and float32, batch 64 x 128)\n")
-    _row("damping", "dtype", *(f"{steps} steps" for steps in STEPS), "kept at 64", "unrolled, 64 steps")
-    _row(*["---"] * (len(STEPS) + 4))
+    print("Peak memory of a training step of 64 steps over that of 4 (MLP block, batch 64 x 128), by `keep`\n")
+    _row("damping", "dtype", *(f"keep={keep}" for keep in KEEPS), "unrolled")
+    _row(*["---"] * (len(KEEPS) + 3))
     for dtype in (torch.float64, torch.float32):
         f = Block(dtype=dtype)
         for damping in dampings:
-            peaks = [peak(f, partial(_reversible, damping=damping, steps=steps)) for steps in STEPS]
-            whole = peak(f, partial(unrolled, damping=damping, steps=STEPS[-1]))
-            (z,), info = reversible(STEPS[-1], damping)(f, torch.zeros_like(f.x))
-            z.sum().backward()
-            ratios = [f"{bytes_ / peaks[0]:.3f}" for bytes_ in peaks]
-            _row(damping, str(dtype)[6:], *ratios, info["backward"]["kept"], f"{whole / peaks[0]:.2f}")
+            few, *many = (
+                peak(f, partial(_reversible, damping=damping, steps=steps, keep=keep))
+                for steps, keep in ((FEW, 1), *((MANY, keep) for keep in KEEPS))
+            )
+            whole = peak(f, partial(unrolled, damping=damping, steps=MANY))
+            _row(damping, str(dtype)[6:], *(f"{size / few:.2f}" for size in many), f"{whole / few:.1f}")
 
 
 def _errors(dampings: Sequence[float]) -> None:
